@@ -1,0 +1,172 @@
+"""Replay buffer of DreamerV3: a FIFO of single time steps in NumPy, sampled as sequences.
+
+One row of slots per environment; all environments write the same slot at once. Time is an absolute step count per
+environment, the slot of time t is t % slots. One step holds what arrived (observation, reward, flags), the action chosen
+on it and the latent state (deter, stoch) the agent had then; latents start sampled sequences and are refreshed by training.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+FLAGS = {"is_first": ((), bool), "is_last": ((), bool), "is_terminal": ((), bool)}
+
+
+class Replay:
+    """FIFO replay with two window layouts, an online queue and latent write-back (paper: "Experience replay").
+
+    capacity: steps over all environments. fields: name -> (shape, dtype) of one step; "reward", "action", "deter", "stoch"
+    and the flags are given names, observation keys start with "obs/". length: T, steps per sampled sequence.
+    windows: "episode" keeps a sequence inside one episode, starting short ones over; "stream" takes T consecutive steps
+    of one environment. folder: where memory-mapped files keep the steps between runs; None keeps them in RAM.
+    Raises ValueError when the capacity cannot hold one window per environment.
+    """
+
+    def __init__(self, capacity, num_envs, fields, length, windows="episode", seed=0, folder: Path | None = None):
+        if capacity // num_envs < length + 1:
+            raise ValueError(f"a capacity of {capacity} steps is less than {length + 1} for each of {num_envs} environments")
+        self.kept = capacity // num_envs  # steps per environment
+        self.slots = self.kept + 1  # the slot being written is never read: a killed writer leaves no torn step behind
+        self.length, self.windows, self.num_envs = length, windows, num_envs
+        self.rng = np.random.default_rng(seed)
+        self.data = {}
+        for name, (shape, dtype) in {**fields, **FLAGS, "clock": ((), np.int64)}.items():
+            shape = (1,) if name == "clock" else (num_envs, self.slots, *shape)
+            self.data[name] = self._allocate(name, shape, dtype, folder)
+        self.clock = self.data.pop("clock")  # (1,) complete steps per environment: the one number that commits a step
+        self.unused = np.zeros(num_envs, np.int64)  # steps since the last online window
+        self.online = {}  # environment -> first step of its newest complete window, not yet sampled
+        self._index_episodes()
+
+    @staticmethod
+    def bytes_per_step(fields) -> int:
+        """Bytes that one step takes, flags and episode index included."""
+        return sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for shape, dtype in {**fields, **FLAGS}.values()) + 20
+
+    def __len__(self) -> int:
+        """Steps stored, over all environments."""
+        return min(self.now, self.kept) * self.num_envs
+
+    @property
+    def now(self) -> int:
+        """Steps ever added per environment."""
+        return int(self.clock[0])
+
+    def add(self, step: dict[str, np.ndarray]) -> None:
+        """Store one step of every environment: name -> (num_envs, *shape), for all fields and flags."""
+        now, slot = self.now, self.now % self.slots
+        for name, array in self.data.items():
+            array[:, slot] = step[name]
+        self._extend_episodes(now, step["is_first"])
+        self.clock[0] = now + 1
+        self.unused += 1
+        if self.windows == "episode":
+            self.unused[step["is_first"]] = 1
+        for env in np.flatnonzero(self.unused == self.length):
+            self.online[int(env)] = now + 1 - self.length
+            self.unused[env] = 0
+
+    def sample(self, batch_size: int) -> tuple[dict, tuple[np.ndarray, np.ndarray]]:
+        """Draw sequences. Returns (batch, index); index goes to update_latents.
+
+        batch: every field (B, T, …) but action and latents; prev_action (B, T, …), the action before each step; deter and
+        stoch (B, …), the latents of the step before the first one. Where prev_action or latents do not exist, or belong to
+        another episode, is_first is set. Arrays are copies.
+        """
+        envs, starts = [], []
+        for env in list(self.online)[:batch_size]:  # the newest stretch of each environment comes first, once
+            start = self.online.pop(env)
+            if start >= self._oldest()[env]:
+                envs.append(env)
+                starts.append(start)
+        env, time, over = self._draw(batch_size - len(envs))
+        online = np.array(starts, np.int64)[:, None] + np.arange(self.length)
+        env = np.concatenate([np.array(envs, np.int64), env])[:, None]  # (B, 1)
+        time = np.concatenate([online, time])  # (B, T)
+        over = np.concatenate([np.zeros(online.shape, bool), over])
+        slot, before = time % self.slots, (time - 1) % self.slots
+        batch = {k: v[env, slot] for k, v in self.data.items() if k not in ("action", "deter", "stoch")}
+        batch["prev_action"] = self.data["action"][env, before]
+        batch["deter"] = self.data["deter"][env[:, 0], before[:, 0]]
+        batch["stoch"] = self.data["stoch"][env[:, 0], before[:, 0]]
+        batch["is_first"] |= over
+        batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]  # seams: the next step is not this one's successor
+        return batch, (env, time)
+
+    def update_latents(self, index, deter: np.ndarray, stoch: np.ndarray) -> None:
+        """Write fresh latents deter (B, T, D), stoch (B, T, S) back to the steps of a sampled batch that still exist."""
+        env, time = index
+        row, col = np.nonzero(time >= self.now - self.kept)
+        env, slot = env[row, 0], time[row, col] % self.slots
+        self.data["deter"][env, slot] = deter[row, col]
+        self.data["stoch"][env, slot] = stoch[row, col]
+
+    def state_dict(self) -> dict:
+        """Everything besides the stored steps that the next sample depends on."""
+        return {"now": self.now, "unused": self.unused.tolist(), "online": self.online, "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue the random stream; the online queue too, unless steps were added or lost since the state was taken."""
+        self.rng.bit_generator.state = state["rng"]
+        if state["now"] == self.now:
+            self.unused, self.online = np.array(state["unused"], np.int64), dict(state["online"])
+
+    def _draw(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """n uniform windows: env (n,), time (n, T), and where a row starts its episode over (n, T)."""
+        oldest, steps = self._oldest(), np.arange(self.length)
+        count = self.now - oldest - (self.length - 1 if self.windows == "stream" else 0)  # (E,) to draw from
+        total = np.cumsum(np.maximum(count, 0))
+        if n and total[-1] == 0:
+            raise ValueError(f"nothing to sample: {self.now} steps per environment are stored")
+        draw = self.rng.integers(total[-1], size=n)
+        env = np.searchsorted(total, draw, side="right")
+        start = oldest[env] + draw - (total - np.maximum(count, 0))[env]
+        if self.windows == "stream":
+            return env, start[:, None] + steps, np.zeros((n, self.length), bool)
+        episode = self.episode[env, start % self.slots] % self.slots
+        first = np.maximum(self.first[env, episode], oldest[env])
+        size = self.end[env, episode] - first  # L, stored steps of the episode
+        slide = np.clip(self.rng.integers(-self.length, size), 0, np.maximum(size - self.length, 0))
+        offset = np.where(size >= self.length, slide, start - first)[:, None] + steps
+        return env, first[:, None] + offset % size[:, None], (offset > 0) & (offset % size[:, None] == 0) & (steps > 0)
+
+    def _oldest(self) -> np.ndarray:
+        """(E,) first step that can be trained on: one whose predecessor is gone serves only as a starting latent."""
+        oldest = max(0, self.now - self.kept)
+        return oldest + ~(self.data["is_first"][:, oldest % self.slots] | (oldest == 0))
+
+    def _extend_episodes(self, now: int, is_first: np.ndarray) -> None:
+        """Episode index: number of each step's episode; first and one-past-last step of each number (modulo slots)."""
+        rows = np.arange(self.num_envs)
+        self.number += is_first
+        self.episode[:, now % self.slots] = self.number
+        self.first[rows[is_first], self.number[is_first] % self.slots] = now
+        self.end[rows, self.number % self.slots] = now + 1
+
+    def _index_episodes(self) -> None:
+        """Build the episode index from the stored flags; it is derived, so it is never saved."""
+        self.number = np.zeros(self.num_envs, np.int32)
+        self.episode = np.zeros((self.num_envs, self.slots), np.int32)
+        self.first = np.zeros((self.num_envs, self.slots), np.int64)
+        self.end = np.zeros((self.num_envs, self.slots), np.int64)
+        time = np.arange(max(0, self.now - self.kept), self.now)
+        for env in range(self.num_envs if len(time) else 0):
+            is_first = self.data["is_first"][env, time % self.slots]
+            number = np.cumsum(is_first, dtype=np.int32)
+            self.number[env], self.episode[env, time % self.slots] = number[-1], number
+            self.first[env, number[is_first] % self.slots] = time[is_first]
+            self.end[env, number % self.slots] = time + 1  # the last of equal indices stays
+
+    @staticmethod
+    def _allocate(name: str, shape: tuple, dtype, folder: Path | None) -> np.ndarray:
+        if folder is None:
+            return np.zeros(shape, dtype)
+        path = folder / f"{name.replace('/', '.')}.npy"
+        if not path.exists():
+            os.makedirs(folder, exist_ok=True)
+            return np.lib.format.open_memmap(path, "w+", dtype, shape)
+        array = np.lib.format.open_memmap(path, "r+")
+        if array.shape != shape or array.dtype != np.dtype(dtype):
+            raise ValueError(f"{path} holds {array.dtype} {array.shape}, this run needs {np.dtype(dtype)} {shape}")
+        return array
