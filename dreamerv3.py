@@ -38,20 +38,23 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import networks
 from networks import RSSM, ActionSpec, Actor, Decoder, Encoder, Head, ObsSpec, OneHot, Size, TwoHot, symlog
 from replay import Replay
 
@@ -171,6 +174,194 @@ def fail(message: str):
     """A user error: one line, exit status 2."""
     print(f"dreamerv3.py: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+# === 2. Environments ==================================================================================================
+
+PACKAGES = {  # id prefix -> the module that registers these ids, how to install it
+    "ALE/": ("ale_py", 'pip install "gymnasium[atari,other]"'),
+    "dm_control/": ("shimmy", 'pip install "shimmy[dm-control]" imageio "mujoco<4"'),
+    "MinAtar/": ("minatar.gym", "pip install minatar"),
+}
+
+
+class ActionRepeat(gym.Wrapper):
+    """Repeat every action, adding up rewards, until the episode ends."""
+
+    def __init__(self, env: gym.Env, repeat: int):
+        super().__init__(env)
+        self.repeat = repeat
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(self.repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+class Adapter(gym.Wrapper):
+    """Any supported environment as flat arrays.
+
+    Observations become one dict: images uint8 (image_size, image_size, C), everything else float32 (n,), discrete spaces
+    int32 class indices; nested keys are joined by "/". Actions come as class indices (components,) or as real numbers
+    (A,) that are clipped to [-1, 1] and rescaled to the bounds of the space. Raises ValueError for other spaces.
+    """
+
+    def __init__(self, env: gym.Env, image_size: int, repeat: int = 1):
+        super().__init__(env)
+        self.image_size, self.repeat = image_size, repeat  # repeat: environment steps (frames) per agent step
+        self.leaves = dict(self.flatten(env.observation_space))
+        self.specs = {key: self.spec(key, space) for key, space in self.leaves.items()}
+        self.observation_space = gym.spaces.Dict({key: self.flat_space(spec) for key, spec in self.specs.items()})
+        space = env.action_space
+        if isinstance(space, gym.spaces.Discrete):
+            nvec = (int(space.n),)
+        elif isinstance(space, gym.spaces.MultiDiscrete):
+            nvec = tuple(int(n) for n in space.nvec.flat)
+        elif isinstance(space, gym.spaces.MultiBinary):
+            nvec = (2,) * int(np.prod(space.shape))
+        elif isinstance(space, gym.spaces.Box):
+            nvec = ()
+            low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+            self.low = np.where(np.isfinite(low), low, np.where(np.isfinite(high), high - 2, -1))
+            self.high = np.where(np.isfinite(high), high, self.low + 2)  # an open side is 2 away from the other
+        else:
+            raise ValueError(f"action space {space}; supported are Discrete, MultiDiscrete, MultiBinary and Box")
+        self.action_spec = ActionSpec(nvec, sum(nvec) or int(np.prod(space.shape)))
+        self.action_space = gym.spaces.MultiDiscrete(nvec) if nvec else gym.spaces.Box(-1, 1, (self.action_spec.size,))
+
+    @staticmethod
+    def flatten(space: gym.Space, prefix: str = ""):
+        """(key, space) of every leaf of nested Dict and Tuple spaces."""
+        if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
+            items = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
+            for key, child in items:
+                yield from Adapter.flatten(child, f"{prefix}/{key}" if prefix else str(key))
+        else:
+            yield prefix or "obs", space
+
+    @staticmethod
+    def lookup(obs, key: str):
+        """The leaf of a nested observation under a flattened key."""
+        for part in key.split("/"):
+            obs = obs[int(part)] if isinstance(obs, tuple) else obs[part]
+        return obs
+
+    def spec(self, key: str, space: gym.Space) -> ObsSpec:
+        if isinstance(space, gym.spaces.Discrete):
+            return ObsSpec((), int(space.n))
+        if isinstance(space, gym.spaces.MultiDiscrete):
+            return ObsSpec(space.shape, int(space.nvec.max()))
+        if isinstance(space, gym.spaces.MultiBinary):
+            return ObsSpec(space.shape, 2)
+        if not isinstance(space, gym.spaces.Box):
+            kinds = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of these"
+            raise ValueError(f"observation space {space} under the key '{key}'; supported are {kinds}")
+        if space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[:2]) >= 16:
+            return ObsSpec((self.image_size, self.image_size, space.shape[2]))
+        return ObsSpec((int(np.prod(space.shape)),))
+
+    @staticmethod
+    def flat_space(spec: ObsSpec) -> gym.spaces.Box:
+        if spec.is_image:
+            return gym.spaces.Box(0, 255, spec.shape, np.uint8)
+        if spec.classes:
+            return gym.spaces.Box(0, spec.classes - 1, spec.shape, np.int32)
+        return gym.spaces.Box(-np.inf, np.inf, spec.shape, np.float32)
+
+    def observe(self, obs) -> dict[str, np.ndarray]:
+        out = {}
+        for key, space in self.leaves.items():
+            x, spec = (
+                np.asarray(obs if key == "obs" and not isinstance(obs, dict) else self.lookup(obs, key)),
+                self.specs[key],
+            )
+            if spec.is_image:
+                if x.shape[:2] != spec.shape[:2]:
+                    x = cv2.resize(x, spec.shape[1::-1], interpolation=cv2.INTER_AREA)
+                out[key] = x.reshape(spec.shape)  # cv2 drops a single channel
+            elif spec.classes:
+                out[key] = (x - getattr(space, "start", 0)).astype(np.int32)
+            else:
+                out[key] = x.astype(np.float32).reshape(-1)
+        return out
+
+    def act(self, action: np.ndarray):
+        space = self.env.action_space
+        if isinstance(space, gym.spaces.Discrete):
+            return int(action[0]) + int(space.start)
+        if self.action_spec.nvec:
+            return (action.reshape(space.shape) + getattr(space, "start", 0)).astype(space.dtype)
+        x = self.low + (np.clip(action, -1, 1).reshape(space.shape) + 1) / 2 * (self.high - self.low)
+        return (x.round() if np.issubdtype(space.dtype, np.integer) else x).astype(space.dtype)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.observe(obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(self.act(action))
+        return self.observe(obs), reward, terminated, truncated, info
+
+
+def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, **kwargs) -> Adapter:
+    """One environment as flat arrays (see Adapter), with episode statistics.
+
+    Atari ids get frame skip 4 (or action_repeat) with max-pooling exactly once, whatever skip the id has, RGB images and
+    up to 30 no-ops after a reset; rewards are not clipped, lost lives do not end episodes, stickiness is as the id says.
+    Exits with one line when the id, its package or its spaces are not there.
+    """
+    module, _, name = env_id.rpartition(":")
+    try:
+        for prefix, (package, install) in PACKAGES.items():
+            if name.startswith(prefix):
+                if prefix == "dm_control/" and "render_mode" not in kwargs:
+                    os.environ.setdefault("MUJOCO_GL", "disabled")  # state observations need no renderer
+                package = import_module(package)
+                getattr(package, "register_envs", lambda: None)()
+                if not any(key.startswith(prefix) for key in gym.registry):
+                    raise ImportError(f"{package} registered nothing")
+        if module:
+            import_module(module)
+        spec = gym.spec(name)
+        if str(spec.entry_point).startswith("ale_py") and spec.kwargs.get("obs_type") != "ram":
+            env = gym.make(name, frameskip=1, disable_env_checker=True, **kwargs)
+            env = gym.wrappers.AtariPreprocessing(
+                env, noop_max=30, frame_skip=action_repeat or 4, screen_size=image_size, grayscale_obs=False
+            )
+        else:
+            env = gym.make(name, disable_env_checker=True, **kwargs)
+            env = ActionRepeat(env, action_repeat) if action_repeat > 1 else env
+        atari = isinstance(env, gym.wrappers.AtariPreprocessing)
+        return Adapter(gym.wrappers.RecordEpisodeStatistics(env), image_size, action_repeat or (4 if atari else 1))
+    except (ImportError, gym.error.DependencyNotInstalled) as error:
+        install = next((how for prefix, (_, how) in PACKAGES.items() if name.startswith(prefix)), None)
+        fail(f"{env_id} needs a package that is not installed ({error}); {install or 'install it and try again'}")
+    except gym.error.UnregisteredEnv as error:
+        close = difflib.get_close_matches(name, gym.registry, 3, cutoff=0.5)
+        fail(f"unknown environment --env-id {env_id}: {error} " + (f"Closest: {', '.join(close)}" if close else ""))
+    except ValueError as error:
+        fail(f"{env_id} is not supported: {error}")
+
+
+def make_envs(args: Args) -> tuple[gym.vector.VectorEnv, Adapter]:
+    """All environments of a run, in processes when more than one, and one of them to ask about specs and repeat."""
+    first = make_env(args.env_id, args.image_size, args.action_repeat)  # here, so that its errors are ours
+
+    def worker():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; main decides
+        return make_env(args.env_id, args.image_size, args.action_repeat)
+
+    if args.num_envs == 1:
+        envs = gym.vector.SyncVectorEnv([lambda: first])
+    else:
+        first.close()
+        envs = gym.vector.AsyncVectorEnv([worker] * args.num_envs)
+    assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP, "see the time line above"
+    return envs, first
 
 
 # === 3. Agent =========================================================================================================
@@ -412,7 +603,9 @@ class LaProp(torch.optim.Optimizer):
     the norm of its tensor (that norm being at least 1e-3). All state lives on the parameters' device; no host sync.
     """
 
-    def __init__(self, params, lr: float, warmup: int = 1000, clip: float = 0.3, betas=(0.9, 0.999), eps: float = 1e-20):
+    def __init__(
+        self, params, lr: float, warmup: int = 1000, clip: float = 0.3, betas=(0.9, 0.999), eps: float = 1e-20
+    ):
         super().__init__(params, dict(lr=lr, warmup=warmup, clip=clip, betas=betas, eps=eps))
         for group in self.param_groups:
             for p in group["params"]:
@@ -510,3 +703,361 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
     out["deter"] = tensors["deter"].float()
     out["stoch"] = F.one_hot(tensors["stoch"].long(), agent.size.classes).float()  # (B, S, K)
     return out
+
+
+COMPILED = [
+    (networks.RSSM, "observe_step"),
+    (sys.modules[__name__], "imagine_step"),
+    (sys.modules[__name__], "actor_critic_loss"),
+]
+
+
+def compile_functions(agent: Agent, args: Args) -> None:
+    """Compile the functions that an update spends its time in, and run each once; on any failure go on in eager mode.
+
+    Small ones only: an unrolled 64-step loop would compile for ten minutes.
+    """
+    plain = [getattr(owner, name) for owner, name in COMPILED]
+    torch._dynamo.config.recompile_limit = 32
+    for (owner, name), function in zip(COMPILED, plain):
+        setattr(owner, name, torch.compile(function, dynamic=False))
+
+
+# === 10. Checkpoints ==================================================================================================
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Write folder/checkpoint.pt so that at every moment it or checkpoint_previous.pt is whole."""
+    path, temporary = folder / "checkpoint.pt", folder / "checkpoint.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, folder / "checkpoint_previous.pt")
+    os.replace(temporary, path)
+
+
+def load_checkpoint(folder: Path) -> dict:
+    """The newest readable checkpoint of a run folder, on the CPU. weights_only: a stranger's file cannot run code."""
+    if not folder.is_dir():
+        fail(f"--resume {folder} is not a run folder; give the folder runs/... that the run printed")
+    for path in (folder / "checkpoint.pt", folder / "checkpoint_previous.pt"):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            assert {"args", "agent", "optimizer", "replay"} <= state.keys()
+            return state
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # truncated, corrupt or foreign: torch raises many kinds
+            print(f"warning: {path} is unreadable ({type(error).__name__}), trying the one before", flush=True)
+    fail(f"--resume {folder} holds no readable checkpoint.pt; start a new run without --resume")
+
+
+# === 11. Main =========================================================================================================
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
+    """Flags from the command line, checked; with --resume the stored ones, and the checkpoint."""
+
+    def parse(default: Args) -> Args:
+        out = io.StringIO()
+        try:
+            with redirect_stderr(out):
+                return tyro.cli(Args, args=argv, default=default, description=(__doc__ or "").split("\n\n")[0])
+        except SystemExit as stop:
+            if stop.code:  # tyro draws a box: keep its words
+                fail(re.sub(r"[─-╿]+", " ", out.getvalue()))
+            raise
+
+    args, state = parse(Args()), None
+    if args.resume:
+        state = load_checkpoint(Path(args.resume))
+        stored = Args(**state["args"])
+        given = parse(stored)
+        free = {"resume", "total_timesteps", "checkpoint_frequency", "log_frequency", "compile", "cuda", "save_model"}
+        for field in fields(Args):
+            old, new = getattr(stored, field.name), getattr(given, field.name)
+            flag = f"--{field.name.replace('_', '-')}"
+            if field.name not in free and new not in (old, "auto"):
+                fail(f"{flag} {new} disagrees with {old} of the run to resume; leave it out or start a new run")
+            if field.name not in free:
+                setattr(given, field.name, old)
+        if given.total_timesteps < stored.total_timesteps:
+            fail(
+                f"--total-timesteps {given.total_timesteps} is less than {stored.total_timesteps} of the run to resume"
+            )
+        args = given
+    check_args(args)
+    return args, state
+
+
+def check_args(args: Args) -> None:
+    """Exit with one line when a flag has an impossible value: it names the value, the limit and so the fix."""
+    positive = "total_timesteps num_envs batch_size learning_rate train_ratio log_frequency imagination_horizon clip"
+    low = {name: (0, False) for name in positive.split()}
+    low |= {
+        name: (0, True) for name in "seed action_repeat warmup_updates learning_starts checkpoint_frequency".split()
+    }
+    low |= {f"{name}_scale": (0, True) for name in "pred dyn rep slow_critic replay_critic".split()}
+    low |= {"ent_coef": (0, True), "free_nats": (0, True), "batch_length": (2, True), "bins": (3, True)}
+    for name, (limit, inclusive) in low.items():
+        value = getattr(args, name)
+        if not (value >= limit if inclusive else value > limit) or value == float("inf"):
+            fail(f"--{name.replace('_', '-')} {value} must be {'at least' if inclusive else 'more than'} {limit}")
+    for name, top in {
+        "unimix": False,
+        "actor_unimix": False,
+        "gamma": False,
+        "return_lambda": True,
+        "tau": True,
+    }.items():
+        value = getattr(args, name)
+        if not (0 <= value <= 1 if top else 0 <= value < 1):
+            fail(f"--{name.replace('_', '-')} {value} must lie in [0, 1{']' if top else ')'}")
+    if args.bins % 2 == 0:
+        fail(f"--bins {args.bins} must be odd, so that one bin is exactly 0")
+    if args.image_size % 16 or not 48 <= args.image_size <= 256:
+        fail(f"--image-size {args.image_size} must be a multiple of 16 from 48 to 256")
+    if args.learning_starts > args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} must not exceed --total-timesteps {args.total_timesteps}")
+    need = (args.batch_length + 1) * args.num_envs
+    if min(args.buffer_size, args.total_timesteps) < need:
+        fail(
+            f"--buffer-size {args.buffer_size} and --total-timesteps {args.total_timesteps} must be at least {need}: "
+            f"one window of --batch-length {args.batch_length} + 1 steps for each of --num-envs {args.num_envs}"
+        )
+    if args.learning_starts < need:
+        fail(f"--learning-starts {args.learning_starts} must be at least {need}, one window per environment")
+
+
+def choose_device(args: Args) -> torch.device:
+    """The device; resolves the `auto` flags for it and sets torch's switches."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.size == "auto":
+        args.size = "12m" if device.type == "cuda" else "1m"
+    if args.precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        args.precision = "bfloat16" if native else "float32"
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    return device
+
+
+def make_replay(args: Args, agent: Agent, folder: Path, capacity: int) -> Replay:
+    """The replay buffer of a run, in its folder or in RAM; exits with one line when it does not fit."""
+    dtypes = {key: np.uint8 if s.is_image else np.int32 if s.classes else np.float32 for key, s in agent.specs.items()}
+    layout = {f"obs/{key}": (spec.shape, dtypes[key]) for key, spec in agent.specs.items()}
+    action = agent.action
+    layout["action"] = ((len(action.nvec),), np.int32) if action.nvec else ((action.size,), np.float32)
+    layout["reward"] = ((), np.float32)
+    layout["deter"] = ((agent.size.deter,), np.float16)
+    layout["stoch"] = ((agent.size.groups,), np.uint8)
+    size = Replay.bytes_per_step(layout)
+    where = folder / "replay" if args.persist_replay else None
+    free = shutil.disk_usage(folder).free if where else free_memory()
+    print(
+        f"replay: {capacity:,} steps of {size / 1e3:.1f} kB take {capacity * size / 1e9:.2f} GB "
+        f"of {free / 1e9:.1f} GB free {'disk' if where else 'memory'}"
+    )
+    if not (where and where.exists()) and capacity * size > 0.8 * free:
+        most = int(0.8 * free / size)
+        fail(f"the replay buffer would take more than 80 % of what is free; --buffer-size {most} or less would fit")
+    return Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, args.seed, where)
+
+
+def free_memory() -> int:
+    """Bytes of RAM that are free to use."""
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    except OSError:  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Progress:
+    """Episode statistics, their CSV, and a progress bar that is one line per 20 s when the output is a file."""
+
+    def __init__(self, folder: Path, total: int, step: int):
+        self.total, self.start, self.begin = total, step, time.time()
+        self.returns: list[float] = []
+        new = not (folder / "episodes.csv").exists()
+        self.file = open(folder / "episodes.csv", "a", buffering=1, newline="")
+        self.csv = csv.writer(self.file)
+        if new:
+            self.csv.writerow(["global_step", "frames", "return", "length", "seconds"])
+        terminal = sys.stderr.isatty()
+        layout = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {postfix}" + ("" if terminal else "\n")
+        wait = 0.5 if terminal else 20
+        self.bar = tqdm(total=total, initial=step, bar_format=layout, mininterval=wait, maxinterval=wait, miniters=1)
+        self.window = [(self.begin, step)]  # recent (time, step), for the speed
+
+    def episode(self, step: int, frames: int, score: float, length: int) -> None:
+        self.returns = [*self.returns[-19:], score]
+        self.csv.writerow([step, frames, f"{score:g}", length, f"{time.time() - self.begin:.1f}"])
+
+    def update(self, step: int, updates: int, wait: str) -> None:
+        """wait: what is still to happen before the first update, if anything."""
+        now = time.time()
+        if now - self.window[-1][0] > 2:
+            self.window = [*self.window[-15:], (now, step)]
+        (begin, first), speed = self.window[0], 0.0
+        if now > begin:
+            speed = (step - first) / (now - begin)
+        last = (
+            f"return last {self.returns[-1]:.1f} mean {np.mean(self.returns):.1f}" if self.returns else "no episode yet"
+        )
+        left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / speed)) if speed else "?"
+        text = f"| {last} | {updates:,} updates | {speed:.1f} steps/s | " + (wait or f"{left} left")
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+
+
+class Interrupt:
+    """SIGINT and SIGTERM let the current step finish and the run be saved; a second one exits at once."""
+
+    def __init__(self):
+        self.code = 0  # exit status: 128 + signal number
+        signal.signal(signal.SIGINT, self.handle)
+        signal.signal(signal.SIGTERM, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        if self.code:
+            os._exit(128 + number)
+        self.code = 128 + number
+        print("\nstopping: finishing this step and saving; once more to exit at once", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train: act, store, step, update, log, checkpoint."""
+    args, resumed = parse_args(argv)
+    device = choose_device(args)
+    envs, adapter = make_envs(args)
+    specs, action_spec, repeat = adapter.specs, adapter.action_spec, adapter.repeat
+    folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = SummaryWriter(folder)
+    except OSError as error:
+        fail(f"cannot write the run folder {folder}: {error.strerror}; start from a folder that is writable")
+
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else f" ({torch.cuda.get_device_name()})"
+    print(f"device: {device}{threads}, {args.precision}, {'compiled' if args.compile else 'eager'}")
+    agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
+    optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
+    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in agent.named_children()}
+    parts = " · ".join(f"{name} {n:,}" for name, n in counts.items() if n and name != "slow_critic")
+    print(f"environment: {args.env_id}, {specs} -> {action_spec}")
+    print(f"size: {args.size}, {sum(p.numel() for p in agent.trained()):,} parameters: {parts}")
+    capacity = resumed["capacity"] if resumed else min(args.buffer_size, args.total_timesteps)
+    replay = make_replay(args, agent, folder, capacity)
+    update_steps = args.batch_size * args.batch_length / args.train_ratio  # agent steps per update
+    print(f"schedule: 1 update every {update_steps:g} agent steps, after the first {args.learning_starts:,}")
+    print(f"run folder: {folder}", flush=True)
+
+    global_step, updates, owed = 0, 0, 0.0
+    if resumed:
+        agent.load_state_dict(resumed["agent"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        replay.load_state_dict(resumed["replay"])
+        torch.set_rng_state(resumed["torch_rng"])
+        global_step, updates, owed = resumed["global_step"], resumed["updates"], resumed["owed"]
+        stored = replay.now * args.num_envs
+        if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
+            owed += max(0, stored - max(global_step, args.learning_starts)) / update_steps
+            global_step = stored
+        print(f"resumed at step {global_step:,} after {updates:,} updates, {len(replay):,} steps in the replay buffer")
+    if args.compile:
+        compile_functions(agent, args)
+    first_update = args.learning_starts if len(replay) else global_step + args.learning_starts
+
+    def save():
+        state = {"args": asdict(args), "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"replay": replay.state_dict(), "capacity": capacity, "torch_rng": torch.get_rng_state()}
+        save_checkpoint(folder, state | {"global_step": global_step, "updates": updates, "owed": owed})
+
+    stop = Interrupt()
+    progress = Progress(folder, args.total_timesteps, global_step)
+    window, updating, began = [], 0.0, (time.time(), global_step, updates)
+
+    obs, _ = envs.reset(seed=args.seed + global_step)
+    reward = np.zeros(args.num_envs, np.float32)
+    terminated = truncated = np.zeros(args.num_envs, bool)
+    is_first = np.ones(args.num_envs, bool)
+    state = (*agent.rssm.initial(args.num_envs), torch.zeros(args.num_envs, action_spec.size, device=device))
+    while global_step < args.total_timesteps and not stop.code:
+        # act on what arrived, and store it with the action and the latent
+        tensors = {key: torch.as_tensor(x).to(device) for key, x in obs.items()}
+        action, state = policy(agent, tensors, state, torch.as_tensor(is_first).to(device))
+        action = stored_action(action, action_spec).cpu().numpy()
+        step = {f"obs/{key}": x for key, x in obs.items()}
+        step |= {"action": action, "reward": reward, "is_first": is_first}
+        step |= {"is_last": terminated | truncated, "is_terminal": terminated}
+        step |= {"deter": state[0].cpu().numpy(), "stoch": state[1].argmax(-1).cpu().numpy()}
+        replay.add(step)
+        global_step += args.num_envs
+
+        # the environment's turn; after a last step it ignores the action and resets
+        is_first = step["is_last"]
+        obs, reward, terminated, truncated, infos = envs.step(action)
+        for i in np.flatnonzero(infos.get("_episode", [])):
+            score, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
+            progress.episode(global_step, global_step * repeat, score, length)
+            writer.add_scalar("charts/episodic_return", score, global_step)
+            writer.add_scalar("charts/episodic_length", length, global_step)
+
+        # train what is owed
+        start = time.time()
+        if global_step > first_update:
+            owed += args.num_envs / update_steps
+        while owed >= 1 and not stop.code:
+            batch, index = replay.sample(args.batch_size)
+            (deter, stoch), metrics = train_step(agent, optimizer, batch_to_device(batch, agent, device), args)
+            replay.update_latents(index, deter.cpu().numpy(), stoch.argmax(-1).cpu().numpy())
+            window.append(metrics)
+            updates += 1
+            owed -= 1
+        updating += time.time() - start
+
+        # log
+        wait = "" if updates else f"collecting {first_update:,} steps before the first update"
+        progress.update(global_step, updates, wait)
+        if window and global_step % args.log_frequency < args.num_envs:
+            now = time.time()
+            seconds = now - began[0]
+            values = {name: torch.stack([m[name] for m in window]).mean().item() for name in window[0]}
+            values |= {"charts/SPS": (global_step - began[1]) / seconds, "charts/updates": updates}
+            values |= {
+                "charts/updates_per_second": (updates - began[2]) / seconds,
+                "charts/frames": global_step * repeat,
+            }
+            values |= {"charts/train_ratio": updates * args.batch_size * args.batch_length / global_step}
+            values |= {"charts/time_share_update": updating / seconds}
+            for name, value in values.items():
+                writer.add_scalar(name, value, global_step)
+            window, updating, began = [], 0.0, (now, global_step, updates)
+        if args.checkpoint_frequency and global_step % args.checkpoint_frequency < args.num_envs:
+            save()
+
+    save()
+    if args.save_model:
+        torch.save({"args": asdict(args), "agent": agent.state_dict()}, folder / "model.pt")
+    progress.close()
+    envs.close()
+    writer.close()
+    if stop.code:
+        print(f"stopped at step {global_step:,}; go on with: python dreamerv3.py --resume {folder}")
+    sys.exit(stop.code)
+
+
+if __name__ == "__main__":
+    main()

@@ -360,7 +360,9 @@ class RSSM(nn.Module):
     def core(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
         """Block-diagonal GRU: (N, D), (N, S, K), (N, A) -> (N, D)."""
         action = action / action.detach().abs().clamp(min=1)
-        x = torch.cat([self.in_deter(deter), self.in_stoch(stoch.flatten(-2)), self.in_action(action)], -1)  # (N, 3*hidden)
+        x = torch.cat(
+            [self.in_deter(deter), self.in_stoch(stoch.flatten(-2)), self.in_action(action)], -1
+        )  # (N, 3*hidden)
         x = self.hid_norm(self.hid(deter, x))  # (N, D)
         gates = self.gru(x).float().unflatten(-1, (self.hid.blocks, 3, -1))  # (N, G, 3, D/G)
         reset, cand, update = (gate.flatten(1) for gate in gates.unbind(2))  # (N, D) each

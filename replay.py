@@ -25,7 +25,9 @@ class Replay:
 
     def __init__(self, capacity, num_envs, fields, length, windows="episode", seed=0, folder: Path | None = None):
         if capacity // num_envs < length + 1:
-            raise ValueError(f"a capacity of {capacity} steps is less than {length + 1} for each of {num_envs} environments")
+            raise ValueError(
+                f"a capacity of {capacity} steps is less than {length + 1} for each of {num_envs} environments"
+            )
         self.kept = capacity // num_envs  # steps per environment
         self.slots = self.kept + 1  # the slot being written is never read: a killed writer leaves no torn step behind
         self.length, self.windows, self.num_envs = length, windows, num_envs
@@ -104,7 +106,12 @@ class Replay:
 
     def state_dict(self) -> dict:
         """Everything besides the stored steps that the next sample depends on."""
-        return {"now": self.now, "unused": self.unused.tolist(), "online": self.online, "rng": self.rng.bit_generator.state}
+        return {
+            "now": self.now,
+            "unused": self.unused.tolist(),
+            "online": self.online,
+            "rng": self.rng.bit_generator.state,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Continue the random stream; the online queue too, unless steps were added or lost since the state was taken."""
