@@ -394,8 +394,10 @@ class Agent(nn.Module):
 
 
 def get_feat(deter: Tensor, stoch: Tensor) -> Tensor:
-    """(…, D), (…, S, K) -> (…, F), what every head but the decoder sees."""
-    return torch.cat([deter, stoch.flatten(-2)], -1)
+    """(…, D), (…, S, K) -> (…, F), what every head but the decoder sees, in the precision they compute in."""
+    feat = torch.cat([deter, stoch.flatten(-2)], -1)
+    device = feat.device.type
+    return feat.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else feat
 
 
 def flat_action(action: Tensor, spec: ActionSpec) -> Tensor:
@@ -447,17 +449,18 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
 
     # the KL is summed over the S groups first, then floored: free nats are per step
     post, prior = OneHot(post_logits, args.unimix), OneHot(prior_logits, args.unimix)
-    fixed_post, fixed_prior = OneHot(post_logits.detach(), args.unimix), OneHot(prior_logits.detach(), args.unimix)
     losses = {
         "recon": sum(recon_loss(recon[key], batch["obs"][key], agent.specs[key]) for key in agent.specs),
         "reward": agent.twohot.loss(reward_logits, batch["reward"]),
         "continue": F.binary_cross_entropy_with_logits(
             cont_logits, (~batch["is_terminal"]).float() * args.gamma, reduction="none"
         ),  # predicts the discount too: imagination needs no other
-        "dyn": fixed_post.kl(prior).sum(-1).clamp(min=args.free_nats),  # trains the prior
-        "rep": post.kl(fixed_prior).sum(-1).clamp(min=args.free_nats),  # trains the posterior
+        "dyn": post.detach().kl(prior).sum(-1).clamp(min=args.free_nats),  # trains the prior
+        "rep": post.kl(prior.detach()).sum(-1).clamp(min=args.free_nats),  # trains the posterior
     }
     outputs = {"embed": embed, "post": post_logits, "prior": prior_logits}
+    outputs |= {"entropy": {"world_model/prior_entropy": prior.detach().entropy().sum(-1).mean()}}
+    outputs["entropy"]["world_model/posterior_entropy"] = post.detach().entropy().sum(-1).mean()
     outputs |= {"reward": reward_logits, "cont": cont_logits, "recon": recon}
     return losses, deter, stoch, outputs
 
@@ -671,8 +674,7 @@ def total_loss(agent: Agent, batch: dict, args: Args) -> tuple[Tensor, tuple[Ten
     total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
     metrics |= {f"losses/{name}": loss.detach() for name, loss in losses.items()}
     metrics["losses/total"] = total.detach()
-    metrics["world_model/prior_entropy"] = OneHot(outputs["prior"].detach(), args.unimix).entropy().sum(-1).mean()
-    metrics["world_model/posterior_entropy"] = OneHot(outputs["post"].detach(), args.unimix).entropy().sum(-1).mean()
+    metrics |= outputs["entropy"]
     return total, (deter.detach(), stoch.detach()), metrics
 
 
@@ -707,6 +709,10 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
 
 COMPILED = [
     (networks.RSSM, "observe_step"),
+    (networks.RMSNorm, "maps"),
+    (networks, "pixels_to_maps"),
+    (networks, "maps_to_pixels"),
+    (sys.modules[__name__], "recon_loss"),
     (sys.modules[__name__], "imagine_step"),
     (sys.modules[__name__], "actor_critic_loss"),
 ]

@@ -120,6 +120,11 @@ class OneHot:
         self.probs = (1 - unimix) * probs + unimix / probs.shape[-1]
         self.log_probs = self.probs.log() if unimix else logits.float().log_softmax(-1)
 
+    def detach(self) -> "OneHot":
+        other = object.__new__(OneHot)
+        other.probs, other.log_probs = self.probs.detach(), self.log_probs.detach()
+        return other
+
     def sample(self, u: Tensor) -> Tensor:
         """One-hot sample (…, K) from uniform noise u (…,), with straight-through gradients into the probabilities."""
         sample = F.one_hot(sample_index(self.probs.detach(), u), self.probs.shape[-1]).to(self.probs.dtype)
@@ -224,7 +229,17 @@ def upsample_conv(x: Tensor, conv: Conv) -> Tensor:
     rows = [[[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]]
     taps = torch.tensor(rows, dtype=conv.weight.dtype, device=conv.weight.device)  # (phase, 3, 5)
     kernel = torch.einsum("aip,bjq,ocpq->oabcij", taps, taps, conv.weight).flatten(0, 2)  # (4C', C, 3, 3)
-    return F.pixel_shuffle(F.conv2d(x, kernel, conv.bias.repeat_interleave(4), padding=1), 2)
+    return F.conv2d(x, kernel, conv.bias.repeat_interleave(4), padding=1)
+
+
+def pixels_to_maps(x: Tensor) -> Tensor:
+    """Images uint8 (N, h, w, C) -> [-0.5, 0.5] (N, C, h, w), channels last in memory."""
+    return (x.float() / 255 - 0.5).permute(0, 3, 1, 2)
+
+
+def maps_to_pixels(x: Tensor) -> Tensor:
+    """Pixel-shuffled sigmoid: (N, 4C, h, w) -> (N, 2h, 2w, C), float32."""
+    return torch.sigmoid(F.pixel_shuffle(x, 2).permute(0, 2, 3, 1).float())
 
 
 class RMSNorm(nn.Module):
@@ -238,6 +253,10 @@ class RMSNorm(nn.Module):
         y = x.float()
         y = y * (y.square().mean(-1, keepdim=True) + 1e-4).rsqrt() * self.scale
         return F.silu(y).to(x.dtype)
+
+    def maps(self, x: Tensor) -> Tensor:
+        """The same on maps (N, C, h, w) that are channels-last in memory."""
+        return self(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def dense(inputs: int, outputs: int) -> nn.Sequential:
@@ -324,10 +343,9 @@ class Encoder(nn.Module):
         if self.images:
             x = torch.cat([obs[k] for k in self.images], -1)  # (…, h, w, C)
             lead = x.shape[:-3]
-            x = (x.float() / 255 - 0.5).flatten(0, -4).permute(0, 3, 1, 2)  # (N, C, h, w), channels last in memory
+            x = pixels_to_maps(x.flatten(0, -4))  # (N, C, h, w)
             for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = F.max_pool2d(conv(x), 2)  # (N, C', h/2, w/2)
-                x = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                x = norm.maps(F.max_pool2d(conv(x), 2))  # (N, C', h/2, w/2)
             parts.append(x.permute(0, 2, 3, 1).flatten(1).unflatten(0, lead))  # (…, h/16 * w/16 * C)
         return torch.cat(parts, -1)  # (…, E)
 
@@ -396,8 +414,8 @@ class RSSM(nn.Module):
         one *before* each step; embed (B, T, E); is_first (B, T) -> deter (B, T, D), stoch and logits (B, T, S, K)."""
         u = torch.rand(*is_first.shape, self.groups, device=deter.device)  # (B, T, S)
         outs = []
-        for t in range(is_first.shape[1]):
-            deter, stoch, logits = self.observe_step(deter, stoch, action[:, t], embed[:, t], is_first[:, t], u[:, t])
+        for step in zip(*(x.unbind(1) for x in (action, embed, is_first, u)), strict=True):
+            deter, stoch, logits = self.observe_step(deter, stoch, *step)
             outs.append((deter, stoch, logits))
         return tuple(torch.stack(x, 1) for x in zip(*outs, strict=True))
 
@@ -447,8 +465,9 @@ class Decoder(nn.Module):
             x = self.from_deter(deter).unflatten(-1, (blocks, height, width, depth // blocks))
             x = x.permute(0, 2, 3, 1, 4).flatten(3)  # (N, h, w, G*c)
             x = x + self.from_stoch(stoch).unflatten(-1, self.map_shape)
-            for norm, conv in zip(self.norms, self.convs, strict=True):
-                x = upsample_conv(norm(x).permute(0, 3, 1, 2), conv).permute(0, 2, 3, 1)  # (N, 2h, 2w, C')
-            x = torch.sigmoid(x.float()).unflatten(0, lead)  # (…, height, width, channels)
+            x = x.permute(0, 3, 1, 2)  # (N, C, h, w), channels last in memory
+            for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
+                x = upsample_conv(norm.maps(x if i == 0 else F.pixel_shuffle(x, 2)), conv)  # (N, 4C', h, w)
+            x = maps_to_pixels(x).unflatten(0, lead)  # (…, height, width, channels)
             preds |= dict(zip(self.images, x.split(self.channels, -1), strict=True))
         return preds
