@@ -2,13 +2,13 @@
 
     python dreamerv3.py --env-id ALE/Pong-v5
 
-The algorithm in ten lines. The agent acts in the environment and stores every step in a replay buffer. An update samples
-B sequences of T steps. The world model encodes each observation x_t, runs a recurrent state-space model over the
-sequence (deterministic h_t, discrete stochastic z_t) and learns to reconstruct x_t, to predict reward and continuation,
-and to predict z_t before seeing x_t. From every one of the B*T states the model then imagines H steps with actions of
-the actor. The critic learns the lambda-returns of these trajectories (and of the replayed ones), the actor learns by
-REINFORCE to increase them, with advantages scaled by the returns' 5th to 95th percentile range. One optimizer, one
-learning rate, the same hyperparameters for every environment.
+The algorithm in ten lines. The agent acts in the environment and stores every step in a replay buffer. An update
+samples B sequences of T steps. The world model encodes each observation x_t, runs a recurrent state-space model over
+the sequence (deterministic h_t, discrete stochastic z_t) and learns to reconstruct x_t, to predict reward and
+continuation, and to predict z_t before seeing x_t. From every one of the B*T states the model then imagines H steps
+with actions of the actor. The critic learns the lambda-returns of these trajectories (and of the replayed ones), the
+actor learns by REINFORCE to increase them, with advantages scaled by the range of the returns' 5th to 95th percentile.
+One optimizer, one learning rate, the same hyperparameters for every environment.
 
 Symbols: B batch, T sequence length, N = B*T, H imagination horizon, D deter (h), S groups and K classes of stoch (z),
 F = D + S*K features, E embedding, A action, V bins. Scalars per step are (B, T). Everything is batch-major.
@@ -31,18 +31,22 @@ import copy
 import csv
 import difflib
 import io
+import math
 import os
 import random
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, fields
+from functools import reduce
 from importlib import import_module
+from operator import getitem
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import cv2
 import gymnasium as gym
@@ -50,6 +54,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from gymnasium import spaces
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -170,7 +175,7 @@ SIZES = {
 }
 
 
-def fail(message: str):
+def fail(message: str) -> NoReturn:
     """A user error: one line, exit status 2."""
     print(f"dreamerv3.py: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
@@ -202,149 +207,126 @@ class ActionRepeat(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
-class Adapter(gym.Wrapper):
-    """Any supported environment as flat arrays.
+class Adapter(gym.ObservationWrapper, gym.ActionWrapper):
+    """Any supported environment as flat arrays. Raises ValueError for other spaces.
 
-    Observations become one dict: images uint8 (image_size, image_size, C), everything else float32 (n,), discrete spaces
-    int32 class indices; nested keys are joined by "/". Actions come as class indices (components,) or as real numbers
-    (A,) that are clipped to [-1, 1] and rescaled to the bounds of the space. Raises ValueError for other spaces.
+    Observations become one dict, nested keys joined by "/" (a space without keys is "obs"): images uint8 (image_size,
+    image_size, C), discrete spaces int32 class indices, everything else float32 (n,). Actions come as class indices
+    (components,) or as real numbers (A,), which are clipped to [-1, 1] and rescaled to the bounds of the space.
+    repeat: environment steps (frames) per agent step, for the record.
     """
 
     def __init__(self, env: gym.Env, image_size: int, repeat: int = 1):
         super().__init__(env)
-        self.image_size, self.repeat = image_size, repeat  # repeat: environment steps (frames) per agent step
-        self.leaves = dict(self.flatten(env.observation_space))
-        self.specs = {key: self.spec(key, space) for key, space in self.leaves.items()}
-        self.observation_space = gym.spaces.Dict({key: self.flat_space(spec) for key, spec in self.specs.items()})
+        self.image_size, self.repeat = image_size, repeat
+        self.leaves = {"/".join(map(str, path)) or "obs": (path, s) for path, s in self.flatten(env.observation_space)}
+        self.specs = {key: self.spec(key, space) for key, (_, space) in self.leaves.items()}
+        self.observation_space = spaces.Dict({key: self.flat_space(spec) for key, spec in self.specs.items()})
         space = env.action_space
-        if isinstance(space, gym.spaces.Discrete):
-            nvec = (int(space.n),)
-        elif isinstance(space, gym.spaces.MultiDiscrete):
-            nvec = tuple(int(n) for n in space.nvec.flat)
-        elif isinstance(space, gym.spaces.MultiBinary):
-            nvec = (2,) * int(np.prod(space.shape))
-        elif isinstance(space, gym.spaces.Box):
-            nvec = ()
+        counts = self.class_counts(space)
+        if counts is not None:
+            nvec = tuple(counts.ravel().tolist())
+            self.action_spec, self.action_space = ActionSpec(nvec, sum(nvec)), spaces.MultiDiscrete(nvec)
+        elif isinstance(space, spaces.Box):
             low, high = space.low.astype(np.float64), space.high.astype(np.float64)
             self.low = np.where(np.isfinite(low), low, np.where(np.isfinite(high), high - 2, -1))
             self.high = np.where(np.isfinite(high), high, self.low + 2)  # an open side is 2 away from the other
+            size = math.prod(space.shape)
+            self.action_spec, self.action_space = ActionSpec((), size), spaces.Box(-1, 1, (size,))
         else:
             raise ValueError(f"action space {space}; supported are Discrete, MultiDiscrete, MultiBinary and Box")
-        self.action_spec = ActionSpec(nvec, sum(nvec) or int(np.prod(space.shape)))
-        self.action_space = gym.spaces.MultiDiscrete(nvec) if nvec else gym.spaces.Box(-1, 1, (self.action_spec.size,))
 
     @staticmethod
-    def flatten(space: gym.Space, prefix: str = ""):
-        """(key, space) of every leaf of nested Dict and Tuple spaces."""
-        if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
-            items = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
-            for key, child in items:
-                yield from Adapter.flatten(child, f"{prefix}/{key}" if prefix else str(key))
-        else:
-            yield prefix or "obs", space
+    def class_counts(space: gym.Space) -> np.ndarray | None:
+        """Classes of every component of a discrete space, None for others."""
+        if isinstance(space, spaces.MultiDiscrete):
+            return space.nvec
+        if isinstance(space, (spaces.Discrete, spaces.MultiBinary)):
+            return np.full(space.shape, space.n if isinstance(space, spaces.Discrete) else 2)
+        return None
 
     @staticmethod
-    def lookup(obs, key: str):
-        """The leaf of a nested observation under a flattened key."""
-        for part in key.split("/"):
-            obs = obs[int(part)] if isinstance(obs, tuple) else obs[part]
-        return obs
+    def flatten(space: gym.Space, path: tuple = ()):
+        """(path, space) of every leaf of nested Dict and Tuple spaces."""
+        if not isinstance(space, (spaces.Dict, spaces.Tuple)):
+            return [(path, space)]
+        items = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
+        return [leaf for key, child in items for leaf in Adapter.flatten(child, (*path, key))]
 
     def spec(self, key: str, space: gym.Space) -> ObsSpec:
-        if isinstance(space, gym.spaces.Discrete):
-            return ObsSpec((), int(space.n))
-        if isinstance(space, gym.spaces.MultiDiscrete):
-            return ObsSpec(space.shape, int(space.nvec.max()))
-        if isinstance(space, gym.spaces.MultiBinary):
-            return ObsSpec(space.shape, 2)
-        if not isinstance(space, gym.spaces.Box):
-            kinds = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of these"
-            raise ValueError(f"observation space {space} under the key '{key}'; supported are {kinds}")
+        counts = self.class_counts(space)
+        if counts is not None:
+            return ObsSpec(space.shape, int(counts.max()))
+        if not isinstance(space, spaces.Box):
+            supported = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of these"
+            raise ValueError(f"observation space {space} under the key '{key}'; supported are {supported}")
         if space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[:2]) >= 16:
             return ObsSpec((self.image_size, self.image_size, space.shape[2]))
-        return ObsSpec((int(np.prod(space.shape)),))
+        return ObsSpec((math.prod(space.shape),))
 
     @staticmethod
-    def flat_space(spec: ObsSpec) -> gym.spaces.Box:
-        if spec.is_image:
-            return gym.spaces.Box(0, 255, spec.shape, np.uint8)
-        if spec.classes:
-            return gym.spaces.Box(0, spec.classes - 1, spec.shape, np.int32)
-        return gym.spaces.Box(-np.inf, np.inf, spec.shape, np.float32)
+    def flat_space(spec: ObsSpec) -> spaces.Box:
+        if spec.dtype == "float32":
+            return spaces.Box(-np.inf, np.inf, spec.shape)
+        return spaces.Box(0, spec.classes - 1 if spec.classes else 255, spec.shape, np.dtype(spec.dtype))
 
-    def observe(self, obs) -> dict[str, np.ndarray]:
+    def observation(self, observation) -> dict[str, np.ndarray]:
         out = {}
-        for key, space in self.leaves.items():
-            x, spec = (
-                np.asarray(obs if key == "obs" and not isinstance(obs, dict) else self.lookup(obs, key)),
-                self.specs[key],
-            )
-            if spec.is_image:
-                if x.shape[:2] != spec.shape[:2]:
-                    x = cv2.resize(x, spec.shape[1::-1], interpolation=cv2.INTER_AREA)
-                out[key] = x.reshape(spec.shape)  # cv2 drops a single channel
+        for key, (path, space) in self.leaves.items():
+            x, spec = np.asarray(reduce(getitem, path, observation)), self.specs[key]
+            if spec.is_image and x.shape[:2] != spec.shape[:2]:
+                x = cv2.resize(x, spec.shape[1::-1], interpolation=cv2.INTER_AREA)
             elif spec.classes:
-                out[key] = (x - getattr(space, "start", 0)).astype(np.int32)
-            else:
-                out[key] = x.astype(np.float32).reshape(-1)
+                x = x - getattr(space, "start", 0)
+            out[key] = x.astype(spec.dtype).reshape(spec.shape)
         return out
 
-    def act(self, action: np.ndarray):
+    def action(self, action: np.ndarray):
         space = self.env.action_space
-        if isinstance(space, gym.spaces.Discrete):
-            return int(action[0]) + int(space.start)
         if self.action_spec.nvec:
-            return (action.reshape(space.shape) + getattr(space, "start", 0)).astype(space.dtype)
+            x = action.reshape(space.shape) + getattr(space, "start", 0)
+            return int(x) if isinstance(space, spaces.Discrete) else x.astype(space.dtype)
         x = self.low + (np.clip(action, -1, 1).reshape(space.shape) + 1) / 2 * (self.high - self.low)
         return (x.round() if np.issubdtype(space.dtype, np.integer) else x).astype(space.dtype)
-
-    def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
-        return self.observe(obs), info
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(self.act(action))
-        return self.observe(obs), reward, terminated, truncated, info
 
 
 def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, **kwargs) -> Adapter:
     """One environment as flat arrays (see Adapter), with episode statistics.
 
-    Atari ids get frame skip 4 (or action_repeat) with max-pooling exactly once, whatever skip the id has, RGB images and
-    up to 30 no-ops after a reset; rewards are not clipped, lost lives do not end episodes, stickiness is as the id says.
+    Atari ids get frame skip 4 (or action_repeat) with max-pooling exactly once, whatever skip the id has, RGB images
+    and up to 30 no-ops after a reset; no reward clipping, no end at lost lives, stickiness as the id says.
     Exits with one line when the id, its package or its spaces are not there.
     """
     module, _, name = env_id.rpartition(":")
+    package, install = next((entry for prefix, entry in PACKAGES.items() if name.startswith(prefix)), ("ale_py", ""))
+    if package == "shimmy" and "render_mode" not in kwargs:
+        os.environ.setdefault("MUJOCO_GL", "disabled")  # state observations need no renderer
     try:
-        for prefix, (package, install) in PACKAGES.items():
-            if name.startswith(prefix):
-                if prefix == "dm_control/" and "render_mode" not in kwargs:
-                    os.environ.setdefault("MUJOCO_GL", "disabled")  # state observations need no renderer
-                package = import_module(package)
-                getattr(package, "register_envs", lambda: None)()
-                if not any(key.startswith(prefix) for key in gym.registry):
-                    raise ImportError(f"{package} registered nothing")
+        getattr(import_module(package), "register_envs", lambda: None)()
         if module:
             import_module(module)
+        if install and not any(key.startswith(name.split("/")[0] + "/") for key in gym.registry):
+            raise ImportError(f"{package} registered no environments")
         spec = gym.spec(name)
-        if str(spec.entry_point).startswith("ale_py") and spec.kwargs.get("obs_type") != "ram":
+        atari = str(spec.entry_point).startswith("ale_py") and spec.kwargs.get("obs_type") != "ram"
+        if atari:
             env = gym.make(name, frameskip=1, disable_env_checker=True, **kwargs)
-            env = gym.wrappers.AtariPreprocessing(
-                env, noop_max=30, frame_skip=action_repeat or 4, screen_size=image_size, grayscale_obs=False
-            )
+            options = {"noop_max": 30, "frame_skip": action_repeat or 4, "screen_size": image_size}
+            env = gym.wrappers.AtariPreprocessing(env, grayscale_obs=False, **options)
         else:
             env = gym.make(name, disable_env_checker=True, **kwargs)
             env = ActionRepeat(env, action_repeat) if action_repeat > 1 else env
-        atari = isinstance(env, gym.wrappers.AtariPreprocessing)
         return Adapter(gym.wrappers.RecordEpisodeStatistics(env), image_size, action_repeat or (4 if atari else 1))
     except (ImportError, gym.error.DependencyNotInstalled) as error:
-        install = next((how for prefix, (_, how) in PACKAGES.items() if name.startswith(prefix)), None)
-        fail(f"{env_id} needs a package that is not installed ({error}); {install or 'install it and try again'}")
+        fail(f"--env-id {env_id} needs a package that is not installed ({error}); try: {install or 'pip install it'}")
     except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(name, gym.registry, 3, cutoff=0.5)
-        fail(f"unknown environment --env-id {env_id}: {error} " + (f"Closest: {', '.join(close)}" if close else ""))
+        close = ", ".join(difflib.get_close_matches(name, gym.registry, 3, cutoff=0.5))
+        fail(
+            f"--env-id {env_id} is unknown: {error} "
+            + (f"Closest: {close}" if close else "See gymnasium.pprint_registry()")
+        )
     except ValueError as error:
-        fail(f"{env_id} is not supported: {error}")
+        fail(f"--env-id {env_id} is not supported: {error}")
 
 
 def make_envs(args: Args) -> tuple[gym.vector.VectorEnv, Adapter]:
@@ -415,6 +397,7 @@ def stored_action(action: Tensor, spec: ActionSpec) -> Tensor:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # small batches, float32: compiling again for them does not pay
 def policy(agent: Agent, obs: dict[str, Tensor], state: tuple, is_first: Tensor) -> tuple[Tensor, tuple]:
     """Act in the environment: obs key -> (E, …), is_first (E,) bool, state (deter, stoch, action) of the step before.
 
@@ -433,24 +416,27 @@ def policy(agent: Agent, obs: dict[str, Tensor], state: tuple, is_first: Tensor)
 def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, Tensor], Tensor, Tensor, dict]:
     """Losses of the world model on replayed sequences.
 
-    batch: obs key -> (B, T, …), prev_action (B, T, A), reward and flags (B, T), deter (B, D) and stoch (B, S, K) of the
-    step before. Returns the losses, each (B, T), the posterior deter (B, T, D) and stoch (B, T, S, K) with gradient, and
-    further outputs: embed, prior and posterior logits, reward and continue logits, reconstructions.
+    batch: obs key -> (B, T, …), prev_action (B, T, A), reward and flags (B, T), deter (B, D) and stoch (B, S, K) of
+    the step before. Returns the losses, each (B, T), the posterior deter (B, T, D) and stoch (B, T, S, K) with
+    gradient, and further outputs: embedding, logits, reconstructions, entropies.
     """
     embed = agent.encoder(batch["obs"])  # (B, T, E)
     deter, stoch, post_logits = agent.rssm.observe(
         batch["deter"], batch["stoch"], batch["prev_action"], embed, batch["is_first"]
     )  # (B, T, D), (B, T, S, K), (B, T, S, K)
-    prior_logits = agent.rssm.prior_logits(deter)  # (B, T, S, K)
+    prior_logits = agent.rssm.logits(agent.rssm.prior, deter)  # (B, T, S, K)
     feat = get_feat(deter, stoch)  # (B, T, F)
     reward_logits = agent.reward(feat)  # (B, T, V)
     cont_logits = agent.cont(feat).squeeze(-1)  # (B, T)
-    recon = agent.decoder(deter, stoch)  # key -> (B, T, …)
+    recon, maps = agent.decoder(deter, stoch)  # key -> (B, T, …), and what images are made of
 
     # the KL is summed over the S groups first, then floored: free nats are per step
     post, prior = OneHot(post_logits, args.unimix), OneHot(prior_logits, args.unimix)
+    recon_loss = sum(vector_loss(recon[key], batch["obs"][key]) for key in recon)
+    if maps is not None:
+        recon_loss = recon_loss + image_loss(maps, agent.encoder.stack(batch["obs"]))
     losses = {
-        "recon": sum(recon_loss(recon[key], batch["obs"][key], agent.specs[key]) for key in agent.specs),
+        "recon": recon_loss,
         "reward": agent.twohot.loss(reward_logits, batch["reward"]),
         "continue": F.binary_cross_entropy_with_logits(
             cont_logits, (~batch["is_terminal"]).float() * args.gamma, reduction="none"
@@ -461,19 +447,23 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
     outputs = {"embed": embed, "post": post_logits, "prior": prior_logits}
     outputs |= {"entropy": {"world_model/prior_entropy": prior.detach().entropy().sum(-1).mean()}}
     outputs["entropy"]["world_model/posterior_entropy"] = post.detach().entropy().sum(-1).mean()
-    outputs |= {"reward": reward_logits, "cont": cont_logits, "recon": recon}
+    outputs |= {"reward": reward_logits, "cont": cont_logits, "recon": recon, "maps": maps}
     return losses, deter, stoch, outputs
 
 
-def recon_loss(recon: Tensor, target: Tensor, spec: ObsSpec) -> Tensor:
-    """Reconstruction loss of one key, summed over everything but (B, T): -> (B, T)."""
-    if spec.classes:
+def vector_loss(recon: Tensor, target: Tensor) -> Tensor:
+    """Squared error in symlog space, or cross-entropy where recon has one axis more, the logits: -> (B, T)."""
+    if recon.ndim > target.ndim:
         loss = F.cross_entropy(recon.flatten(0, -2), target.flatten().long(), reduction="none").view(target.shape)
-    elif spec.is_image:
-        loss = (recon - target.float() / 255).square()
     else:
         loss = (recon - symlog(target)).square()
     return loss.flatten(2).sum(-1) if loss.ndim > 2 else loss
+
+
+def image_loss(maps: Tensor, target: Tensor) -> Tensor:
+    """Squared error of the decoder's maps against all images (B, T, h, w, C), summed over pixels: -> (B, T)."""
+    error = networks.maps_to_pixels(maps).view(target.shape) - target.float() / 255
+    return error.square().flatten(2).sum(-1)
 
 
 # === 5. Imagination ===================================================================================================
@@ -481,7 +471,7 @@ def recon_loss(recon: Tensor, target: Tensor, spec: ObsSpec) -> Tensor:
 
 @torch.no_grad()
 def imagine(agent: Agent, deter: Tensor, stoch: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
-    """Roll the model forward H steps with the actor: start states (N, D), (N, S, K) -> feat (N, H+1, F), action (N, H+1, A).
+    """Roll the model forward with the actor: states (N, D), (N, S, K) -> feat (N, H+1, F), action (N, H+1, A).
 
     action[:, h] is the one taken in state h; nothing here carries a gradient.
     """
@@ -512,7 +502,7 @@ def lambda_return(
     """Lambda-returns of trajectories of length L: all arguments (N, L) -> (N, L-1).
 
     R[t] = reward[t+1] + live[t+1] * ((1 - cont[t+1]) * boot[t+1] + cont[t+1] * R[t+1]), R[L-1] = boot[L-1], where
-    live = (1 - term) * disc ends the return at terminations and cont = (1 - last) * lam bootstraps at every episode end.
+    live = (1 - term) * disc ends the return at terminations, cont = (1 - last) * lam bootstraps at any episode end.
     """
     live = (1 - term.float()) * disc
     cont = (1 - last.float()) * lam
@@ -524,7 +514,7 @@ def lambda_return(
 
 
 class ReturnNorm(nn.Module):
-    """Running 5th and 95th percentile of the returns; advantages are divided by their distance, but by no less than 1."""
+    """Running 5th and 95th percentile of the returns; advantages are divided by their distance, at least 1."""
 
     def __init__(self, rate: float = 0.01):
         super().__init__()
@@ -609,7 +599,7 @@ class LaProp(torch.optim.Optimizer):
     def __init__(
         self, params, lr: float, warmup: int = 1000, clip: float = 0.3, betas=(0.9, 0.999), eps: float = 1e-20
     ):
-        super().__init__(params, dict(lr=lr, warmup=warmup, clip=clip, betas=betas, eps=eps))
+        super().__init__(params, {"lr": lr, "warmup": warmup, "clip": clip, "betas": betas, "eps": eps})
         for group in self.param_groups:
             for p in group["params"]:
                 zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -656,33 +646,31 @@ class LaProp(torch.optim.Optimizer):
 # === 9. One update ====================================================================================================
 
 
-def total_loss(agent: Agent, batch: dict, args: Args) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
-    """The sum of all losses on one batch; see world_model_loss for its shapes.
+def loss(agent: Agent, batch: dict, args: Args) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """The sum of all losses on one batch, shaped as for world_model_loss.
 
-    Returns the total (), the posterior latents deter (B, T, D) and stoch (B, T, S, K), and metrics, all detached.
+    Returns the total (), the posterior latents deter (B, T, D) and stoch (B, T, S, K), and metrics, both detached.
     """
-    losses, deter, stoch, outputs = world_model_loss(agent, batch, args)
-    # imagination starts from all B*T posterior states, detached: behavior learning does not shape the world model
-    feat, action = imagine(agent, deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1), args.imagination_horizon)
-    behavior_losses, returns, metrics = actor_critic_loss(agent, feat, action, args)
-    boot = returns[:, 0].unflatten(0, deter.shape[:2])  # (B, T)
-    losses |= behavior_losses
-    losses["replay_critic"] = replay_critic_loss(agent, get_feat(deter, stoch), batch, boot, args)
+    with torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+        losses, deter, stoch, outputs = world_model_loss(agent, batch, args)
+        # imagination starts from all B*T posterior states, detached: behavior learning does not shape the world model
+        starts = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
+        feat, action = imagine(agent, *starts, args.imagination_horizon)
+        behavior_losses, returns, metrics = actor_critic_loss(agent, feat, action, args)
+        boot = returns[:, 0].unflatten(0, deter.shape[:2])  # (B, T)
+        losses |= behavior_losses
+        losses["replay_critic"] = replay_critic_loss(agent, get_feat(deter, stoch), batch, boot, args)
+    losses = {name: value.mean() for name, value in losses.items()}
     scales = {"recon": args.pred_scale, "reward": args.pred_scale, "continue": args.pred_scale}
     scales |= {"dyn": args.dyn_scale, "rep": args.rep_scale, "replay_critic": args.replay_critic_scale}
-    losses = {name: loss.mean() for name, loss in losses.items()}
-    total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
-    metrics |= {f"losses/{name}": loss.detach() for name, loss in losses.items()}
-    metrics["losses/total"] = total.detach()
-    metrics |= outputs["entropy"]
-    return total, (deter.detach(), stoch.detach()), metrics
+    total = sum(scales.get(name, 1.0) * value for name, value in losses.items())
+    metrics |= {f"losses/{name}": value.detach() for name, value in (losses | {"total": total}).items()}
+    return total, (deter.detach(), stoch.detach()), metrics | outputs["entropy"]
 
 
 def train_step(agent: Agent, optimizer: LaProp, batch: dict, args: Args) -> tuple[tuple[Tensor, Tensor], dict]:
     """One update on one batch: -> fresh latents deter (B, T, D) and stoch (B, T, S, K), and metrics, on the device."""
-    device = batch["reward"].device.type
-    with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bfloat16"):
-        total, latents, metrics = total_loss(agent, batch, args)
+    total, latents, metrics = loss(agent, batch, args)
     optimizer.zero_grad(set_to_none=True)
     total.backward()
     metrics |= optimizer.step()
@@ -707,26 +695,44 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
     return out
 
 
-COMPILED = [
-    (networks.RSSM, "observe_step"),
-    (networks.RMSNorm, "maps"),
-    (networks, "pixels_to_maps"),
-    (networks, "maps_to_pixels"),
-    (sys.modules[__name__], "recon_loss"),
-    (sys.modules[__name__], "imagine_step"),
-    (sys.modules[__name__], "actor_critic_loss"),
+THIS = sys.modules[__name__]
+COMPILED = [  # small functions only: an unrolled 64-step loop would compile for ten minutes
+    *[(networks.RSSM, "observe_step"), (networks.RMSNorm, "maps"), (networks, "pixels_to_maps"), (THIS, "image_loss")],
+    *[(THIS, "imagine_step"), (THIS, "actor_critic_loss")],
 ]
 
 
-def compile_functions(agent: Agent, args: Args) -> None:
-    """Compile the functions that an update spends its time in, and run each once; on any failure go on in eager mode.
+def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
+    """Compile the functions that an update spends its time in, once per process, by computing the loss of a batch.
 
-    Small ones only: an unrolled 64-step loop would compile for ten minutes.
+    Halves the time of an update. Where it fails (no compiler, unsupported platform) everything goes on in eager mode.
     """
     plain = [getattr(owner, name) for owner, name in COMPILED]
-    torch._dynamo.config.recompile_limit = 32
-    for (owner, name), function in zip(COMPILED, plain):
-        setattr(owner, name, torch.compile(function, dynamic=False))
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.cache_size_limit = 64  # beyond it, silently eager
+    start, done, norm = time.time(), threading.Event(), copy.deepcopy(agent.return_norm.state_dict())
+    print("compiling the update's inner functions, about a minute the first time", flush=True)
+
+    def heartbeat():
+        while not done.wait(20):
+            print(f"still compiling after {time.time() - start:.0f} s", flush=True)
+
+    threading.Thread(target=heartbeat, daemon=True).start()
+    try:
+        for (owner, name), function in zip(COMPILED, plain, strict=True):
+            setattr(owner, name, torch.compile(function, dynamic=False))
+        with torch.random.fork_rng():
+            loss(agent, batch, args)[0].backward()
+        print(f"compiled in {time.time() - start:.0f} s", flush=True)
+    except Exception as error:  # any failure of the compiler, of many kinds
+        for (owner, name), function in zip(COMPILED, plain, strict=True):
+            setattr(owner, name, function)
+        print(
+            f"cannot compile ({type(error).__name__}: {str(error).splitlines()[0]}): going on in eager mode", flush=True
+        )
+    finally:
+        done.set()
+        agent.zero_grad(set_to_none=True)
+        agent.return_norm.load_state_dict(norm)
 
 
 # === 10. Checkpoints ==================================================================================================
@@ -801,12 +807,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
 def check_args(args: Args) -> None:
     """Exit with one line when a flag has an impossible value: it names the value, the limit and so the fix."""
     positive = "total_timesteps num_envs batch_size learning_rate train_ratio log_frequency imagination_horizon clip"
-    low = {name: (0, False) for name in positive.split()}
-    low |= {
-        name: (0, True) for name in "seed action_repeat warmup_updates learning_starts checkpoint_frequency".split()
-    }
-    low |= {f"{name}_scale": (0, True) for name in "pred dyn rep slow_critic replay_critic".split()}
-    low |= {"ent_coef": (0, True), "free_nats": (0, True), "batch_length": (2, True), "bins": (3, True)}
+    natural = "seed action_repeat warmup_updates learning_starts checkpoint_frequency ent_coef free_nats pred_scale"
+    natural += " dyn_scale rep_scale slow_critic_scale replay_critic_scale"
+    low = dict.fromkeys(positive.split(), (0, False)) | dict.fromkeys(natural.split(), (0, True))
+    low |= {"batch_length": (2, True), "bins": (3, True)}
     for name, (limit, inclusive) in low.items():
         value = getattr(args, name)
         if not (value >= limit if inclusive else value > limit) or value == float("inf"):
@@ -858,8 +862,7 @@ def choose_device(args: Args) -> torch.device:
 
 def make_replay(args: Args, agent: Agent, folder: Path, capacity: int) -> Replay:
     """The replay buffer of a run, in its folder or in RAM; exits with one line when it does not fit."""
-    dtypes = {key: np.uint8 if s.is_image else np.int32 if s.classes else np.float32 for key, s in agent.specs.items()}
-    layout = {f"obs/{key}": (spec.shape, dtypes[key]) for key, spec in agent.specs.items()}
+    layout = {f"obs/{key}": (spec.shape, spec.dtype) for key, spec in agent.specs.items()}
     action = agent.action
     layout["action"] = ((len(action.nvec),), np.int32) if action.nvec else ((action.size,), np.float32)
     layout["reward"] = ((), np.float32)
@@ -982,8 +985,6 @@ def main(argv: list[str] | None = None) -> None:
             owed += max(0, stored - max(global_step, args.learning_starts)) / update_steps
             global_step = stored
         print(f"resumed at step {global_step:,} after {updates:,} updates, {len(replay):,} steps in the replay buffer")
-    if args.compile:
-        compile_functions(agent, args)
     first_update = args.learning_starts if len(replay) else global_step + args.learning_starts
 
     def save():
@@ -993,6 +994,7 @@ def main(argv: list[str] | None = None) -> None:
 
     stop = Interrupt()
     progress = Progress(folder, args.total_timesteps, global_step)
+    to_compile = args.compile
     window, updating, began = [], 0.0, (time.time(), global_step, updates)
 
     obs, _ = envs.reset(seed=args.seed + global_step)
@@ -1027,7 +1029,11 @@ def main(argv: list[str] | None = None) -> None:
             owed += args.num_envs / update_steps
         while owed >= 1 and not stop.code:
             batch, index = replay.sample(args.batch_size)
-            (deter, stoch), metrics = train_step(agent, optimizer, batch_to_device(batch, agent, device), args)
+            batch = batch_to_device(batch, agent, device)
+            if to_compile:
+                compile_functions(agent, batch, args)
+                to_compile = False
+            (deter, stoch), metrics = train_step(agent, optimizer, batch, args)
             replay.update_latents(index, deter.cpu().numpy(), stoch.argmax(-1).cpu().numpy())
             window.append(metrics)
             updates += 1

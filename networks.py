@@ -1,13 +1,14 @@
 """Networks of DreamerV3 (Hafner et al., Nature 2025): what the equations in dreamerv3.py call.
 
-From top to bottom: symlog and twohot, distributions, layers, encoder, recurrent state-space model (RSSM), decoder, heads.
+From top to bottom: symlog and twohot, distributions, layers, encoder, recurrent state-space model (RSSM), decoder.
 Nothing here knows about rewards, loss weights, flags or the replay buffer.
 
-Symbols: B batch, T sequence length, D deterministic state, S groups, K classes per group, F = D + S*K, E encoder output,
-A action size, G blocks, V bins, U units, C channels; "…" stands for any leading shape, usually (B, T).
+Symbols: B batch, T sequence length, N any flat batch, D deterministic state, S groups, K classes per group, E encoder
+output, A action size, G blocks, V bins, U units, C channels; "…" stands for any leading shape, usually (B, T).
 """
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 
 class ObsSpec(NamedTuple):
-    """One observation key: an image (height, width, channels), a vector (n,), or, with classes > 0, integers of any shape."""
+    """One observation key: image (height, width, channels), vector (n,), or with classes > 0 integers of any shape."""
 
     shape: tuple[int, ...]
     classes: int = 0
@@ -26,13 +27,22 @@ class ObsSpec(NamedTuple):
         return self.classes == 0 and len(self.shape) == 3
 
     @property
+    def dtype(self) -> str:
+        return "uint8" if self.is_image else "int32" if self.classes else "float32"
+
+    @property
     def size(self) -> int:
         """Width of this key as a flat vector; discrete keys count their one-hot encoding."""
         return math.prod(self.shape) * max(1, self.classes)
 
 
+def split_keys(specs: dict[str, ObsSpec]) -> tuple[list[str], list[str]]:
+    """Sorted keys of vectors (and discrete values), and of images."""
+    return tuple(sorted(k for k, spec in specs.items() if spec.is_image == image) for image in (False, True))
+
+
 class ActionSpec(NamedTuple):
-    """Actions as the networks see them: `nvec` holds one class count per categorical; empty means `size` real numbers."""
+    """Flat actions: one-hot vectors of `nvec` classes side by side, or `size` real numbers if nvec is ()."""
 
     nvec: tuple[int, ...]
     size: int
@@ -54,7 +64,7 @@ class Size(NamedTuple):
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) ln(1 + |x|): squashes large values of either sign, near the identity around 0."""
+    """sign(x) ln(1 + |x|): squashes large values of either sign, the identity near 0."""
     return x.sign() * x.abs().log1p()
 
 
@@ -67,7 +77,7 @@ class TwoHot(nn.Module):
     """A scalar as a softmax over V fixed bins; targets put their weight on the two bins around them.
 
     bins: V, odd and at least 3. space: "symexp" (Nature paper, official code) interpolates in raw space between bins
-    symexp(linspace(-20, 20, V)); "symlog" (2023 preprint) interpolates symlog(target) between bins linspace(-20, 20, V).
+    symexp(linspace(-20, 20, V)); "symlog" (2023 preprint) interpolates symlog(target) between linspace(-20, 20, V).
     """
 
     def __init__(self, bins: int = 255, space: str = "symexp"):
@@ -106,8 +116,7 @@ class TwoHot(nn.Module):
 def sample_index(probs: Tensor, u: Tensor) -> Tensor:
     """Inverse-CDF sample: probs (…, K), u (…,) uniform in [0, 1) -> class indices (…,).
 
-    One uniform number per categorical; three times cheaper on a CPU than Gumbel noise. Counting the cumulative sums up
-    to u, without the last, always gives a valid index.
+    One uniform number per categorical, cheaper than Gumbel noise; leaving out the last sum keeps the index below K.
     """
     return (probs.cumsum(-1)[..., :-1] <= u.unsqueeze(-1)).sum(-1)
 
@@ -116,19 +125,19 @@ class OneHot:
     """Categorical over the last axis of logits (…, K), with `unimix` uniform probability mixed in (paper: 1 %)."""
 
     def __init__(self, logits: Tensor, unimix: float):
-        probs = logits.float().softmax(-1)
-        self.probs = (1 - unimix) * probs + unimix / probs.shape[-1]
-        self.log_probs = self.probs.log() if unimix else logits.float().log_softmax(-1)
+        logits = logits.float()
+        self.probs = (1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
+        self.log_probs = self.probs.log() if unimix else logits.log_softmax(-1)
 
     def detach(self) -> "OneHot":
-        other = object.__new__(OneHot)
-        other.probs, other.log_probs = self.probs.detach(), self.log_probs.detach()
-        return other
+        fixed = object.__new__(OneHot)
+        fixed.probs, fixed.log_probs = self.probs.detach(), self.log_probs.detach()
+        return fixed
 
     def sample(self, u: Tensor) -> Tensor:
         """One-hot sample (…, K) from uniform noise u (…,), with straight-through gradients into the probabilities."""
-        sample = F.one_hot(sample_index(self.probs.detach(), u), self.probs.shape[-1]).to(self.probs.dtype)
-        return sample + (self.probs - self.probs.detach())
+        probs = self.probs.detach()
+        return F.one_hot(sample_index(probs, u), probs.shape[-1]).to(probs.dtype) + (self.probs - probs)
 
     def log_prob(self, onehot: Tensor) -> Tensor:
         return (self.log_probs * onehot).sum(-1)
@@ -178,19 +187,22 @@ class Normal:
 # --- 3. layers --------------------------------------------------------------------------------------------------------
 
 
-def init_kernel(kernel: Tensor, fan_in: int, outscale: float = 1.0) -> None:
-    """In place: truncated normal, cut at 2 std, whose std after the cut is outscale / sqrt(fan_in)."""
+def init(layer: nn.Module, fan_in: int, outscale: float = 1.0) -> nn.Module:
+    """Kernel from a normal cut at 2 std, whose std after the cut is outscale / sqrt(fan_in); zero bias."""
     std = 1.1368 / math.sqrt(fan_in)  # 1.1368 undoes what the cut takes from the std
-    nn.init.trunc_normal_(kernel, std=std, a=-2 * std, b=2 * std)  # torch's bounds are absolute
-    with torch.no_grad():
-        kernel.mul_(outscale)
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)  # torch's bounds are absolute
+    layer.weight.data.mul_(outscale)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
-class Linear(nn.Linear):
-    def __init__(self, inputs: int, outputs: int, outscale: float = 1.0):
-        super().__init__(inputs, outputs)
-        init_kernel(self.weight, inputs, outscale)
-        nn.init.zeros_(self.bias)
+def linear(inputs: int, outputs: int, outscale: float = 1.0) -> nn.Linear:
+    return init(nn.Linear(inputs, outputs), inputs, outscale)
+
+
+def conv5(inputs: int, outputs: int) -> nn.Conv2d:
+    """5x5 convolution, stride 1, same size."""
+    return init(nn.Conv2d(inputs, outputs, 5, padding=2), 25 * inputs)
 
 
 class BlockLinear(nn.Module):
@@ -200,8 +212,8 @@ class BlockLinear(nn.Module):
         super().__init__()
         self.blocks, self.inputs = blocks, inputs // blocks
         self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks + shared, outputs // blocks))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-        init_kernel(self.weight, inputs + blocks * shared)  # the full input width, as in the official code
+        self.bias = nn.Parameter(torch.empty(outputs))
+        init(self, inputs + blocks * shared)  # the full input width, as in the official code
 
     def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
         x = x.unflatten(-1, (self.blocks, self.inputs)).transpose(0, 1)  # (G, N, I)
@@ -211,20 +223,11 @@ class BlockLinear(nn.Module):
         return out
 
 
-class Conv(nn.Conv2d):
-    """5x5 convolution, stride 1, same size."""
+def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """conv5 on x upsampled 2x (nearest), left as four pixel phases: (N, C, h, w) -> (N, 4C', h, w), for pixel_shuffle.
 
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, 5, padding=2)
-        init_kernel(self.weight, 25 * inputs)
-        nn.init.zeros_(self.bias)
-
-
-def upsample_conv(x: Tensor, conv: Conv) -> Tensor:
-    """conv(nearest 2x upsampling of x): (N, C, h, w) -> (N, C', 2h, 2w), at 36 % of the multiplications.
-
-    Every output pixel sees only 3x3 different input pixels, so each of the 4 output phases is a 3x3 convolution whose
-    taps are sums of the 5x5 taps; pixel_shuffle interleaves the phases. Exact.
+    An output pixel sees 3x3 different inputs, so each phase is a 3x3 convolution whose taps are sums of the 5x5 taps.
+    Exact, with 36 % of the multiplications.
     """
     rows = [[[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]]
     taps = torch.tensor(rows, dtype=conv.weight.dtype, device=conv.weight.device)  # (phase, 3, 5)
@@ -238,7 +241,7 @@ def pixels_to_maps(x: Tensor) -> Tensor:
 
 
 def maps_to_pixels(x: Tensor) -> Tensor:
-    """Pixel-shuffled sigmoid: (N, 4C, h, w) -> (N, 2h, 2w, C), float32."""
+    """The decoder's last maps, logits of the four phases (N, 4C, h, w) -> images in [0, 1], (N, 2h, 2w, C), float32."""
     return torch.sigmoid(F.pixel_shuffle(x, 2).permute(0, 2, 3, 1).float())
 
 
@@ -254,21 +257,19 @@ class RMSNorm(nn.Module):
         y = y * (y.square().mean(-1, keepdim=True) + 1e-4).rsqrt() * self.scale
         return F.silu(y).to(x.dtype)
 
-    def maps(self, x: Tensor) -> Tensor:
-        """The same on maps (N, C, h, w) that are channels-last in memory."""
-        return self(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def maps(self, x: Tensor, upscale: int = 1) -> Tensor:
+        """The same on maps (N, C, h, w) that are channels-last in memory, pixel-shuffled first where upscale is 2."""
+        return self(F.pixel_shuffle(x, upscale).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def dense(inputs: int, outputs: int) -> nn.Sequential:
     """Linear, RMSNorm, SiLU."""
-    return nn.Sequential(Linear(inputs, outputs), RMSNorm(outputs))
+    return nn.Sequential(linear(inputs, outputs), RMSNorm(outputs))
 
 
-class MLP(nn.Sequential):
+def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
     """`layers` times [Linear, RMSNorm, SiLU]: (…, inputs) -> (…, units)."""
-
-    def __init__(self, inputs: int, units: int, layers: int):
-        super().__init__(*[dense(inputs if i == 0 else units, units) for i in range(layers)])
+    return nn.Sequential(*[dense(units if i else inputs, units) for i in range(layers)])
 
 
 class Head(nn.Module):
@@ -276,21 +277,21 @@ class Head(nn.Module):
 
     def __init__(self, inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.0):
         super().__init__()
-        self.mlp = MLP(inputs, units, layers)
-        self.out = Linear(units, outputs, outscale)
+        self.mlp = mlp(inputs, units, layers)
+        self.out = linear(units, outputs, outscale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.mlp(x)).float()
 
 
 class Actor(nn.Module):
-    """Policy on feat (…, F). One Linear per categorical, or one each for mean and std of a normal."""
+    """Policy on features (…, inputs): one Linear per categorical, or one each for mean and std of a normal."""
 
     def __init__(self, inputs: int, units: int, action: ActionSpec, unimix: float):
         super().__init__()
         self.action, self.unimix = action, unimix
-        self.mlp = MLP(inputs, units, 3)
-        self.outs = nn.ModuleList(Linear(units, n, 0.01) for n in action.nvec or (action.size, action.size))
+        self.mlp = mlp(inputs, units, 3)
+        self.outs = nn.ModuleList(linear(units, n, 0.01) for n in action.nvec or (action.size, action.size))
 
     def forward(self, feat: Tensor) -> MultiOneHot | Normal:
         x = self.mlp(feat)
@@ -301,7 +302,7 @@ class Actor(nn.Module):
         return Normal(mean.tanh(), 0.9 * torch.sigmoid(std + 2) + 0.1)
 
     def noise(self, *shape: int) -> Tensor:
-        """Noise for `sample` of an action batch of this shape: uniform (…, components) or normal (…, A)."""
+        """What `sample` of an action batch of this shape needs: uniform (…, components) or normal (…, A)."""
         device = self.outs[0].weight.device
         if self.action.nvec:
             return torch.rand(*shape, len(self.action.nvec), device=device)
@@ -316,19 +317,21 @@ class Encoder(nn.Module):
 
     def __init__(self, specs: dict[str, ObsSpec], size: Size):
         super().__init__()
-        self.specs = specs
-        self.vectors = sorted(k for k, s in specs.items() if not s.is_image)
-        self.images = sorted(k for k, s in specs.items() if s.is_image)
-        self.embed_size = 0
+        self.specs, self.embed_size = specs, 0
+        self.vectors, self.images = split_keys(specs)
         if self.vectors:
-            self.mlp = MLP(sum(specs[k].size for k in self.vectors), size.units, 3)
+            self.mlp = mlp(sum(specs[k].size for k in self.vectors), size.units, 3)
             self.embed_size += size.units
         if self.images:
             height, width, _ = specs[self.images[0]].shape
-            channels = [sum(specs[k].shape[2] for k in self.images)] + [size.depth * m for m in (2, 3, 4, 4)]
-            self.convs = nn.ModuleList(Conv(i, o) for i, o in zip(channels, channels[1:], strict=False))
+            channels = [sum(specs[k].shape[2] for k in self.images), *(size.depth * m for m in (2, 3, 4, 4))]
+            self.convs = nn.ModuleList(conv5(i, o) for i, o in pairwise(channels))
             self.norms = nn.ModuleList(RMSNorm(c) for c in channels[1:])
             self.embed_size += (height // 16) * (width // 16) * channels[-1]
+
+    def stack(self, obs: dict[str, Tensor]) -> Tensor:
+        """All images side by side, (…, h, w, C)."""
+        return torch.cat([obs[k] for k in self.images], -1) if len(self.images) > 1 else obs[self.images[0]]
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
         parts = []
@@ -341,7 +344,7 @@ class Encoder(nn.Module):
                 flat.append(x.reshape(*lead, spec.size))
             parts.append(self.mlp(torch.cat(flat, -1)))  # (…, U)
         if self.images:
-            x = torch.cat([obs[k] for k in self.images], -1)  # (…, h, w, C)
+            x = self.stack(obs)  # (…, h, w, C)
             lead = x.shape[:-3]
             x = pixels_to_maps(x.flatten(0, -4))  # (N, C, h, w)
             for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -358,61 +361,52 @@ class RSSM(nn.Module):
 
     def __init__(self, embed: int, action: int, size: Size, unimix: float):
         super().__init__()
-        self.groups, self.classes, self.unimix = size.groups, size.classes, unimix
+        self.size, self.unimix = size, unimix
         deter, hidden, flat = size.deter, size.hidden, size.groups * size.classes
-        self.deter = deter
         self.in_deter, self.in_stoch, self.in_action = (dense(n, hidden) for n in (deter, flat, action))
         self.hid = BlockLinear(deter, deter, size.blocks, shared=3 * hidden)
         self.hid_norm = RMSNorm(deter)
         self.gru = BlockLinear(deter, 3 * deter, size.blocks)
-        self.post = nn.Sequential(dense(deter + embed, hidden), Linear(hidden, flat))
-        self.prior = nn.Sequential(dense(deter, hidden), dense(hidden, hidden), Linear(hidden, flat))
+        self.post = nn.Sequential(dense(deter + embed, hidden), linear(hidden, flat))
+        self.prior = nn.Sequential(dense(deter, hidden), dense(hidden, hidden), linear(hidden, flat))
 
     def initial(self, batch: int) -> tuple[Tensor, Tensor]:
         """Zero state: deter (batch, D), stoch (batch, S, K)."""
-        device = self.hid.bias.device
-        return torch.zeros(batch, self.deter, device=device), torch.zeros(
-            batch, self.groups, self.classes, device=device
-        )
+        zeros = self.hid.bias.new_zeros
+        return zeros(batch, self.size.deter), zeros(batch, self.size.groups, self.size.classes)
 
     def core(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
         """Block-diagonal GRU: (N, D), (N, S, K), (N, A) -> (N, D)."""
         action = action / action.detach().abs().clamp(min=1)
-        x = torch.cat(
-            [self.in_deter(deter), self.in_stoch(stoch.flatten(-2)), self.in_action(action)], -1
-        )  # (N, 3*hidden)
-        x = self.hid_norm(self.hid(deter, x))  # (N, D)
-        gates = self.gru(x).float().unflatten(-1, (self.hid.blocks, 3, -1))  # (N, G, 3, D/G)
+        x = [self.in_deter(deter), self.in_stoch(stoch.flatten(-2)), self.in_action(action)]  # (N, hidden) each
+        x = self.hid_norm(self.hid(deter, torch.cat(x, -1)))  # (N, D)
+        gates = self.gru(x).float().unflatten(-1, (self.size.blocks, 3, -1))  # (N, G, 3, D/G)
         reset, cand, update = (gate.flatten(1) for gate in gates.unbind(2))  # (N, D) each
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         update = torch.sigmoid(update - 1)
         return update * cand + (1 - update) * deter
 
-    def prior_logits(self, deter: Tensor) -> Tensor:
-        """(…, D) -> (…, S, K), float32."""
-        return self.prior(deter).float().unflatten(-1, (self.groups, self.classes))
-
-    def posterior_logits(self, deter: Tensor, embed: Tensor) -> Tensor:
-        """(…, D), (…, E) -> (…, S, K), float32."""
-        return self.post(torch.cat([deter, embed], -1)).float().unflatten(-1, (self.groups, self.classes))
+    def logits(self, net: nn.Module, x: Tensor) -> Tensor:
+        """Of the prior (…, D) or the posterior (…, D + E) -> (…, S, K), float32."""
+        return net(x).float().unflatten(-1, (self.size.groups, self.size.classes))
 
     def observe_step(self, deter, stoch, action, embed, is_first, u):
         """One step of filtering. State (N, D), (N, S, K) and action (N, A) of the step before, embed (N, E),
         is_first (N,) bool, noise u (N, S) uniform -> deter, stoch, posterior logits (N, S, K)."""
         keep = ~is_first.unsqueeze(-1)  # an episode starts: state and action of the step before are zeroed
         deter = self.core(deter * keep, stoch * keep.unsqueeze(-1), action * keep)
-        logits = self.posterior_logits(deter, embed)
+        logits = self.logits(self.post, torch.cat([deter, embed], -1))
         return deter, OneHot(logits, self.unimix).sample(u), logits
 
     def imagine_step(self, deter, stoch, action, u):
         """One step of prediction: state (N, D), (N, S, K), action (N, A), noise u (N, S) -> deter, stoch."""
         deter = self.core(deter, stoch, action)
-        return deter, OneHot(self.prior_logits(deter), self.unimix).sample(u)
+        return deter, OneHot(self.logits(self.prior, deter), self.unimix).sample(u)
 
     def observe(self, deter, stoch, action, embed, is_first):
-        """Filter a batch of sequences. deter (B, D), stoch (B, S, K): state before the first step; action (B, T, A): the
-        one *before* each step; embed (B, T, E); is_first (B, T) -> deter (B, T, D), stoch and logits (B, T, S, K)."""
-        u = torch.rand(*is_first.shape, self.groups, device=deter.device)  # (B, T, S)
+        """Filter sequences. deter (B, D), stoch (B, S, K): the state before the first step; action (B, T, A): the one
+        *before* each step; embed (B, T, E); is_first (B, T) -> deter (B, T, D), stoch and logits (B, T, S, K)."""
+        u = torch.rand(*is_first.shape, self.size.groups, device=deter.device)  # (B, T, S)
         outs = []
         for step in zip(*(x.unbind(1) for x in (action, embed, is_first, u)), strict=True):
             deter, stoch, logits = self.observe_step(deter, stoch, *step)
@@ -424,50 +418,49 @@ class RSSM(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(deter, stoch) -> one prediction per observation key: images after the sigmoid (…, h, w, c), vectors in symlog
-    space (…, n), discrete keys as logits (…, *shape, classes)."""
+    """(deter, stoch) -> predictions of every observation key but images: vectors in symlog space (…, n), discrete keys
+    as logits (…, *shape, classes); and one stack of maps (N, 4C, h/2, w/2) for all images or None: see `pixels`."""
 
     def __init__(self, specs: dict[str, ObsSpec], size: Size):
         super().__init__()
         self.specs = specs
-        self.vectors = sorted(k for k, s in specs.items() if not s.is_image)
-        self.images = sorted(k for k, s in specs.items() if s.is_image)
+        self.vectors, self.images = split_keys(specs)
         flat = size.groups * size.classes
         if self.vectors:
-            self.mlp = MLP(flat + size.deter, size.units, 3)
-            self.outs = nn.ModuleList(Linear(size.units, specs[k].size) for k in self.vectors)
+            self.mlp = mlp(flat + size.deter, size.units, 3)
+            self.outs = nn.ModuleList(linear(size.units, specs[k].size) for k in self.vectors)
         if self.images:
             height, width, _ = specs[self.images[0]].shape
-            depths = [size.depth * m for m in (4, 4, 3, 2)]
-            self.map_shape = (height // 16, width // 16, depths[0])
-            self.from_deter = BlockLinear(size.deter, math.prod(self.map_shape), size.blocks)
-            self.from_stoch = nn.Sequential(
-                dense(flat, 2 * size.units), Linear(2 * size.units, math.prod(self.map_shape))
-            )
-            self.norms = nn.ModuleList(RMSNorm(c) for c in depths)
             self.channels = [specs[k].shape[2] for k in self.images]
-            channels = [*depths, sum(self.channels)]
-            self.convs = nn.ModuleList(Conv(i, o) for i, o in zip(channels, channels[1:], strict=False))
+            channels = [*(size.depth * m for m in (4, 4, 3, 2)), sum(self.channels)]
+            self.map_shape = (height // 16, width // 16, channels[0])
+            area = math.prod(self.map_shape)
+            self.from_deter = BlockLinear(size.deter, area, size.blocks)
+            self.from_stoch = nn.Sequential(dense(flat, 2 * size.units), linear(2 * size.units, area))
+            self.norms = nn.ModuleList(RMSNorm(c) for c in channels[:-1])
+            self.convs = nn.ModuleList(conv5(i, o) for i, o in pairwise(channels))
 
-    def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
+    def forward(self, deter: Tensor, stoch: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         lead = deter.shape[:-1]
         deter, stoch = deter.flatten(0, -2), stoch.flatten(-2).flatten(0, -2)  # (N, D), (N, S*K)
-        preds = {}
+        preds, maps = {}, None
         if self.vectors:
-            x = self.mlp(torch.cat([stoch, deter], -1))
+            x = self.mlp(torch.cat([stoch, deter], -1))  # (N, U)
             for key, out in zip(self.vectors, self.outs, strict=True):
-                spec = self.specs[key]
-                shape = (*spec.shape, spec.classes) if spec.classes else spec.shape
-                preds[key] = out(x).float().reshape(*lead, *shape)
+                shape, classes = self.specs[key]
+                preds[key] = out(x).float().reshape(*lead, *shape, *([classes] if classes else []))
         if self.images:
             height, width, depth = self.map_shape
             blocks = self.from_deter.blocks
             x = self.from_deter(deter).unflatten(-1, (blocks, height, width, depth // blocks))
-            x = x.permute(0, 2, 3, 1, 4).flatten(3)  # (N, h, w, G*c)
+            x = x.permute(0, 2, 3, 1, 4).flatten(3)  # (N, h, w, C), C = G*c
             x = x + self.from_stoch(stoch).unflatten(-1, self.map_shape)
-            x = x.permute(0, 3, 1, 2)  # (N, C, h, w), channels last in memory
+            maps = x.permute(0, 3, 1, 2)  # (N, C, h, w), channels last in memory
             for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
-                x = upsample_conv(norm.maps(x if i == 0 else F.pixel_shuffle(x, 2)), conv)  # (N, 4C', h, w)
-            x = maps_to_pixels(x).unflatten(0, lead)  # (…, height, width, channels)
-            preds |= dict(zip(self.images, x.split(self.channels, -1), strict=True))
-        return preds
+                maps = upsample_conv(norm.maps(maps, 2 if i else 1), conv)  # (N, 4C', h, w), each time twice as wide
+        return preds, maps
+
+    def pixels(self, maps: Tensor, *lead: int) -> dict[str, Tensor]:
+        """Maps -> image key -> (*lead, h, w, c) in [0, 1]."""
+        images = maps_to_pixels(maps).unflatten(0, lead)
+        return dict(zip(self.images, images.split(self.channels, -1), strict=True))

@@ -1,8 +1,9 @@
 """Replay buffer of DreamerV3: a FIFO of single time steps in NumPy, sampled as sequences.
 
 One row of slots per environment; all environments write the same slot at once. Time is an absolute step count per
-environment, the slot of time t is t % slots. One step holds what arrived (observation, reward, flags), the action chosen
-on it and the latent state (deter, stoch) the agent had then; latents start sampled sequences and are refreshed by training.
+environment, the slot of time t is t % slots. One step holds what arrived (observation, reward, flags), the action
+chosen on it and the latent state (deter, stoch) the agent had then; latents start sampled sequences and are refreshed
+by training.
 """
 
 import os
@@ -16,10 +17,10 @@ FLAGS = {"is_first": ((), bool), "is_last": ((), bool), "is_terminal": ((), bool
 class Replay:
     """FIFO replay with two window layouts, an online queue and latent write-back (paper: "Experience replay").
 
-    capacity: steps over all environments. fields: name -> (shape, dtype) of one step; "reward", "action", "deter", "stoch"
-    and the flags are given names, observation keys start with "obs/". length: T, steps per sampled sequence.
-    windows: "episode" keeps a sequence inside one episode, starting short ones over; "stream" takes T consecutive steps
-    of one environment. folder: where memory-mapped files keep the steps between runs; None keeps them in RAM.
+    capacity: steps over all environments. fields: name -> (shape, dtype) of one step, "reward", "action", "deter" and
+    "stoch" among them; observation keys start with "obs/", the flags come by themselves. length: T, steps per sampled
+    sequence. windows: "episode" keeps a sequence inside one episode, starting short ones over; "stream" takes T
+    consecutive steps of one environment. folder: where memory-mapped files keep the steps between runs; None: in RAM.
     Raises ValueError when the capacity cannot hold one window per environment.
     """
 
@@ -72,9 +73,9 @@ class Replay:
     def sample(self, batch_size: int) -> tuple[dict, tuple[np.ndarray, np.ndarray]]:
         """Draw sequences. Returns (batch, index); index goes to update_latents.
 
-        batch: every field (B, T, …) but action and latents; prev_action (B, T, …), the action before each step; deter and
-        stoch (B, …), the latents of the step before the first one. Where prev_action or latents do not exist, or belong to
-        another episode, is_first is set. Arrays are copies.
+        batch: every field (B, T, …) but action and latents; prev_action (B, T, …), the action before each step; deter
+        and stoch (B, …), the latents of the step before the first one. Where prev_action or latents do not exist, or
+        belong to another episode, is_first is set. Arrays are copies.
         """
         envs, starts = [], []
         for env in list(self.online)[:batch_size]:  # the newest stretch of each environment comes first, once
@@ -97,7 +98,7 @@ class Replay:
         return batch, (env, time)
 
     def update_latents(self, index, deter: np.ndarray, stoch: np.ndarray) -> None:
-        """Write fresh latents deter (B, T, D), stoch (B, T, S) back to the steps of a sampled batch that still exist."""
+        """Write latents deter (B, T, D), stoch (B, T, S) back to those steps of a sampled batch that still exist."""
         env, time = index
         row, col = np.nonzero(time >= self.now - self.kept)
         env, slot = env[row, 0], time[row, col] % self.slots
@@ -114,7 +115,7 @@ class Replay:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue the random stream; the online queue too, unless steps were added or lost since the state was taken."""
+        """Continue the random stream, and the online queue unless steps were added since the state was taken."""
         self.rng.bit_generator.state = state["rng"]
         if state["now"] == self.now:
             self.unused, self.online = np.array(state["unused"], np.int64), dict(state["online"])

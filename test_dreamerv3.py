@@ -169,9 +169,15 @@ def test_golden_forward(path, argmax_sampling):
     else:
         golden.close("out/policy_mean", dist.mean)
         golden.close("out/policy_std", dist.std)
-    for key, spec in golden.specs.items():
-        golden.close(f"out/recon_{key}", outputs["recon"][key])
-        golden.close(f"out/loss/{key}", dreamerv3.recon_loss(outputs["recon"][key], batch["obs"][key], spec))
+    for key, recon in outputs["recon"].items():
+        golden.close(f"out/recon_{key}", recon)
+        golden.close(f"out/loss/{key}", dreamerv3.vector_loss(recon, batch["obs"][key]))
+    if agent.decoder.images:
+        for key, image in agent.decoder.pixels(outputs["maps"], *deter.shape[:2]).items():
+            golden.close(f"out/recon_{key}", image)
+            golden.close(f"out/loss/{key}", (image - batch["obs"][key] / 255).square().sum((2, 3, 4)))
+    recon_total = sum(golden.data[f"out/loss/{key}"] for key in golden.specs)
+    np.testing.assert_allclose(losses["recon"].detach(), recon_total, rtol=1e-4, atol=1e-5)
     for ours, official in {"reward": "rew", "continue": "con", "dyn": "dyn", "rep": "rep"}.items():
         golden.close(f"out/loss/{official}", losses[ours])
 
