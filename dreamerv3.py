@@ -40,7 +40,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, fields
 from functools import reduce
 from importlib import import_module
@@ -60,7 +60,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import networks
-from networks import RSSM, ActionSpec, Actor, Decoder, Encoder, Head, ObsSpec, OneHot, Size, TwoHot, symlog
+from networks import RSSM, ActionSpec, Actor, Decoder, Encoder, Head, ObsSpec, OneHot, Size, TwoHot, one_hot, symlog
 from replay import Replay
 
 # === 1. Args ==========================================================================================================
@@ -207,7 +207,7 @@ class ActionRepeat(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
-class Adapter(gym.ObservationWrapper, gym.ActionWrapper):
+class Adapter(gym.ObservationWrapper):
     """Any supported environment as flat arrays. Raises ValueError for other spaces.
 
     Observations become one dict, nested keys joined by "/" (a space without keys is "obs"): images uint8 (image_size,
@@ -281,7 +281,12 @@ class Adapter(gym.ObservationWrapper, gym.ActionWrapper):
             out[key] = x.astype(spec.dtype).reshape(spec.shape)
         return out
 
-    def action(self, action: np.ndarray):
+    def step(self, action: np.ndarray):
+        obs, *rest = self.env.step(self.native_action(action))
+        return self.observation(obs), *rest
+
+    def native_action(self, action: np.ndarray):
+        """The inner environment's form of an action (components,) or (A,)."""
         space = self.env.action_space
         if self.action_spec.nvec:
             x = action.reshape(space.shape) + getattr(space, "start", 0)
@@ -378,15 +383,14 @@ class Agent(nn.Module):
 def get_feat(deter: Tensor, stoch: Tensor) -> Tensor:
     """(…, D), (…, S, K) -> (…, F), what every head but the decoder sees, in the precision they compute in."""
     feat = torch.cat([deter, stoch.flatten(-2)], -1)
-    device = feat.device.type
-    return feat.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else feat
+    return feat.bfloat16() if feat.device.type != "meta" and torch.is_autocast_enabled(feat.device.type) else feat
 
 
 def flat_action(action: Tensor, spec: ActionSpec) -> Tensor:
     """Stored action (…, components) as the networks see it, (…, A): one-hot vectors side by side, or real numbers."""
     if not spec.nvec:
         return action.float()
-    return torch.cat([F.one_hot(action[..., i].long(), n) for i, n in enumerate(spec.nvec)], -1).float()
+    return torch.cat([one_hot(action[..., i], n) for i, n in enumerate(spec.nvec)], -1)
 
 
 def stored_action(action: Tensor, spec: ActionSpec) -> Tensor:
@@ -651,7 +655,8 @@ def loss(agent: Agent, batch: dict, args: Args) -> tuple[Tensor, tuple[Tensor, T
 
     Returns the total (), the posterior latents deter (B, T, D) and stoch (B, T, S, K), and metrics, both detached.
     """
-    with torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+    half = args.precision == "bfloat16"
+    with torch.autocast(batch["reward"].device.type, torch.bfloat16) if half else nullcontext():
         losses, deter, stoch, outputs = world_model_loss(agent, batch, args)
         # imagination starts from all B*T posterior states, detached: behavior learning does not shape the world model
         starts = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
@@ -691,7 +696,7 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
     out["obs"] = {key[4:]: x for key, x in tensors.items() if key.startswith("obs/")}
     out["prev_action"] = flat_action(tensors["prev_action"], agent.action)  # (B, T, A)
     out["deter"] = tensors["deter"].float()
-    out["stoch"] = F.one_hot(tensors["stoch"].long(), agent.size.classes).float()  # (B, S, K)
+    out["stoch"] = one_hot(tensors["stoch"], agent.size.classes)  # (B, S, K)
     return out
 
 
@@ -778,8 +783,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
             with redirect_stderr(out):
                 return tyro.cli(Args, args=argv, default=default, description=(__doc__ or "").split("\n\n")[0])
         except SystemExit as stop:
-            if stop.code:  # tyro draws a box: keep its words
-                fail(re.sub(r"[─-╿]+", " ", out.getvalue()))
+            if stop.code:  # tyro draws a box with a title: keep its words
+                fail(re.sub(r"[─-╿]+", " ", out.getvalue().partition("\n")[2]))
             raise
 
     args, state = parse(Args()), None
@@ -901,7 +906,7 @@ class Progress:
         if new:
             self.csv.writerow(["global_step", "frames", "return", "length", "seconds"])
         terminal = sys.stderr.isatty()
-        layout = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {postfix}" + ("" if terminal else "\n")
+        layout = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {desc}" + ("" if terminal else "\n")
         wait = 0.5 if terminal else 20
         self.bar = tqdm(total=total, initial=step, bar_format=layout, mininterval=wait, maxinterval=wait, miniters=1)
         self.window = [(self.begin, step)]  # recent (time, step), for the speed
@@ -923,7 +928,7 @@ class Progress:
         )
         left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / speed)) if speed else "?"
         text = f"| {last} | {updates:,} updates | {speed:.1f} steps/s | " + (wait or f"{left} left")
-        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.set_description_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
 
     def close(self) -> None:

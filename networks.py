@@ -121,6 +121,11 @@ def sample_index(probs: Tensor, u: Tensor) -> Tensor:
     return (probs.cumsum(-1)[..., :-1] <= u.unsqueeze(-1)).sum(-1)
 
 
+def one_hot(index: Tensor, classes: int) -> Tensor:
+    """Class indices (…,) -> (…, classes) float32. F.one_hot checks the range of its input, which waits for the device."""
+    return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).float()
+
+
 class OneHot:
     """Categorical over the last axis of logits (…, K), with `unimix` uniform probability mixed in (paper: 1 %)."""
 
@@ -137,7 +142,7 @@ class OneHot:
     def sample(self, u: Tensor) -> Tensor:
         """One-hot sample (…, K) from uniform noise u (…,), with straight-through gradients into the probabilities."""
         probs = self.probs.detach()
-        return F.one_hot(sample_index(probs, u), probs.shape[-1]).to(probs.dtype) + (self.probs - probs)
+        return one_hot(sample_index(probs, u), probs.shape[-1]) + (self.probs - probs)
 
     def log_prob(self, onehot: Tensor) -> Tensor:
         return (self.log_probs * onehot).sum(-1)
@@ -340,7 +345,7 @@ class Encoder(nn.Module):
             for key in self.vectors:
                 x, spec = obs[key], self.specs[key]
                 lead = x.shape[: x.ndim - len(spec.shape)]
-                x = F.one_hot(x.long(), spec.classes).float() if spec.classes else symlog(x)
+                x = one_hot(x, spec.classes) if spec.classes else symlog(x)
                 flat.append(x.reshape(*lead, spec.size))
             parts.append(self.mlp(torch.cat(flat, -1)))  # (…, U)
         if self.images:

@@ -1,14 +1,522 @@
+"""Tests of DreamerV3: closed-form values, the official code's numbers, alignment, replay, and the program itself.
+
+`pytest` runs all of it in a few minutes on two cores. `GOLDEN_DIR=folder pytest -k golden` checks other golden files.
+"""
+
 import ast
+import csv
+import math
 import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreamerv3
 import networks
-from dreamerv3 import Agent, Args
+from dreamerv3 import SIZES, Agent, Args
+from networks import ActionSpec, ObsSpec, Size
+from replay import Replay
+
+TINY = Size(deter=32, hidden=16, units=16, classes=4, depth=4, groups=4, blocks=4)
+SPECS = {"image": ObsSpec((64, 64, 3)), "vector": ObsSpec((5,)), "discrete": ObsSpec((2,), 3)}
+ROOT = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+THREE = ActionSpec((3,), 3)
+
+
+def make_agent(specs=None, action=THREE, **flags) -> tuple[Agent, Args]:
+    args = Args(precision="float32", imagination_horizon=3, warmup_updates=1, **flags)
+    return Agent(specs or {"vector": ObsSpec((5,))}, action, TINY, args), args
+
+
+def make_batch(agent: Agent, batch: int = 2, length: int = 6, seed: int = 0) -> dict:
+    """A random batch as train_step takes it."""
+    rng = np.random.default_rng(seed)
+    out = {
+        f"obs/{key}": rng.integers(0, max(2, s.classes) if s.classes else 256, (batch, length, *s.shape))
+        for key, s in agent.specs.items()
+    }
+    out = {key: x.astype(agent.specs[key[4:]].dtype) for key, x in out.items()}
+    for key, spec in agent.specs.items():
+        if spec.dtype == "float32":
+            out[f"obs/{key}"] = rng.normal(size=(batch, length, *spec.shape)).astype(np.float32)
+    nvec = agent.action.nvec
+    action = (
+        rng.integers(0, nvec, (batch, length, len(nvec)))
+        if nvec
+        else rng.normal(size=(batch, length, agent.action.size))
+    )
+    out |= {"prev_action": action.astype(np.int32 if nvec else np.float32)}
+    out |= {"reward": rng.normal(size=(batch, length)).astype(np.float32)}
+    out |= {key: rng.random((batch, length)) < 0.2 for key in ("is_first", "is_last", "is_terminal")}
+    out |= {"deter": rng.normal(size=(batch, TINY.deter)).astype(np.float16)}
+    out |= {"stoch": rng.integers(0, TINY.classes, (batch, TINY.groups)).astype(np.uint8)}
+    return dreamerv3.batch_to_device(out, agent, torch.device("cpu"))
+
+
+# === symlog and twohot ================================================================================================
+
+
+def test_symlog_and_symexp_values():
+    x = torch.tensor([0.0, 1.0, -1.0, math.e - 1, 1e4, -1e-6])
+    expected = torch.tensor([0.0, math.log(2), -math.log(2), 1.0, math.log(10001), -1e-6])
+    torch.testing.assert_close(networks.symlog(x), expected)
+    torch.testing.assert_close(networks.symexp(expected), x)
+    assert networks.symexp(torch.tensor(1.0)).item() == pytest.approx(math.e - 1)
+
+
+def test_twohot_bins_are_symmetric_and_symexp_spaced():
+    bins = networks.TwoHot().bins
+    assert len(bins) == 255 and bins[127] == 0 and torch.equal(bins, -bins.flip(0))
+    torch.testing.assert_close(bins, networks.symexp(torch.linspace(-20, 20, 255)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(networks.TwoHot(space="symlog").bins, torch.linspace(-20, 20, 255))
+
+
+@pytest.mark.parametrize("space", ["symexp", "symlog"])
+def test_twohot_loss_equals_cross_entropy_with_the_encoding(space):
+    twohot = networks.TwoHot(space=space)
+    values = torch.tensor([0.0, 0.3, -2.5, 1000.0, float(twohot.bins[200]), 1e12, -1e12])
+    logits = torch.randn(len(values), 255)
+    y = networks.symlog(values) if space == "symlog" else values
+    for i, target in enumerate(y.double().clamp(twohot.bins[0], twohot.bins[-1])):
+        encoding = torch.zeros(255, dtype=torch.float64)  # weights by closeness to the two bins around the target
+        above = int((twohot.bins.double() < target).sum().clamp(1, 254))
+        low, high = twohot.bins[above - 1].double(), twohot.bins[above].double()
+        encoding[above - 1], encoding[above] = (high - target) / (high - low), (target - low) / (high - low)
+        expected = -(encoding * logits[i].double().log_softmax(0)).sum()
+        assert twohot.loss(logits, values)[i].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("space", ["symexp", "symlog"])
+def test_twohot_decodes_what_it_encodes(space):
+    twohot = networks.TwoHot(space=space)
+    for value in (0.0, 0.5, -3.0, 123.0, -1e5):
+        logits = torch.zeros(1, 255, requires_grad=True)
+        twohot.loss(logits, torch.tensor([value])).backward()
+        encoding = (1 / 255 - logits.grad).clamp(min=0)  # the gradient of cross-entropy is softmax minus target
+        assert encoding.sum().item() == pytest.approx(1, abs=1e-5) and (encoding > 1e-6).sum() <= 2
+        assert twohot.mean((encoding + 1e-30).log()).item() == pytest.approx(value, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("space", ["symexp", "symlog"])
+def test_twohot_is_exactly_zero_for_uniform_logits(space):
+    assert (networks.TwoHot(space=space).mean(torch.full((7, 255), 0.37)) == 0).all()
+    agent, _ = make_agent(twohot=space)
+    feat = torch.randn(9, 32 + 16)
+    for head in (agent.reward, agent.critic, agent.slow_critic):
+        assert (agent.twohot.mean(head(feat)) == 0).all()  # outscale 0: nothing is predicted before training
+
+
+def test_twohot_flag_bins():
+    agent, _ = make_agent(bins=31)
+    assert agent.twohot.bins.shape == (31,) and agent.critic(torch.randn(2, 48)).shape == (2, 31)
+
+
+# === distributions and layers =========================================================================================
+
+
+def test_sampling_follows_the_probabilities():
+    probs = torch.tensor([0.1, 0.6, 0.3])
+    u = (torch.arange(10_000) + 0.5) / 10_000
+    counts = networks.sample_index(probs.expand(10_000, 3), u).bincount()
+    assert counts.tolist() == [1000, 6000, 3000]
+    assert networks.sample_index(torch.tensor([1.0, 0.0, 0.0]), torch.tensor(0.9999999)).item() == 0
+    assert (
+        networks.sample_index(torch.tensor([0.2, 0.2, 0.2]), torch.tensor(0.99)).item() == 2
+    )  # sums below 1 stay valid
+
+
+def test_onehot_mixes_uniform_and_passes_gradients_straight_through():
+    logits = torch.tensor([[1000.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    dist = networks.OneHot(logits, 0.01)
+    torch.testing.assert_close(dist.probs, torch.tensor([[0.9925, 0.0025, 0.0025, 0.0025]]))
+    logits = torch.tensor([0.1, 0.5, -0.3], requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    dist = networks.OneHot(logits, 0.01)
+    sample = dist.sample(torch.tensor(0.5))
+    assert sorted(sample.tolist()) == pytest.approx([0, 0, 1])
+    gradient = torch.autograd.grad((sample * weights).sum(), logits)[0]
+    expected = torch.autograd.grad((networks.OneHot(logits, 0.01).probs * weights).sum(), logits)[0]
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_distributions_agree_with_torch():
+    logits, action = [torch.randn(6, 3), torch.randn(6, 4)], torch.eye(3)[torch.arange(6) % 3]
+    action = torch.cat([action, torch.eye(4)[torch.arange(6) % 4]], -1)
+    dist, reference = networks.MultiOneHot(logits, 0.0), [torch.distributions.Categorical(logits=x) for x in logits]
+    expected = reference[0].log_prob(torch.arange(6) % 3) + reference[1].log_prob(torch.arange(6) % 4)
+    torch.testing.assert_close(dist.log_prob(action), expected)
+    torch.testing.assert_close(dist.entropy(), sum(d.entropy() for d in reference))
+    assert dist.sample(torch.rand(6, 2)).sum(-1).tolist() == [2.0] * 6
+    mean, std, x = torch.randn(5, 2), torch.rand(5, 2) + 0.1, torch.randn(5, 2)
+    normal, reference = networks.Normal(mean, std), torch.distributions.Normal(mean, std)
+    torch.testing.assert_close(normal.log_prob(x), reference.log_prob(x).sum(-1))
+    torch.testing.assert_close(normal.entropy(), reference.entropy().sum(-1))
+
+
+def test_actor_flags_and_bounds():
+    feat = torch.randn(4, 48) * 100
+    agent, _ = make_agent(actor_unimix=0.5)
+    assert agent.actor(feat).parts[0].probs.min() >= 0.5 / 3
+    agent, _ = make_agent(action=ActionSpec((), 2))
+    agent.actor.outs[1].weight.data.normal_(std=100)
+    dist = agent.actor(feat)
+    assert dist.mean.abs().max() <= 1 and dist.std.min() >= 0.1 and dist.std.max() <= 1
+
+
+def test_initialization():
+    layer = networks.linear(400, 300, 0.5)
+    assert layer.weight.std().item() == pytest.approx(0.5 / math.sqrt(400), rel=0.02)
+    assert layer.weight.abs().max().item() <= 0.5 * 2 * 1.1368 / math.sqrt(400) and not layer.bias.any()
+    block = networks.BlockLinear(256, 512, 8, shared=96)
+    assert block.weight.shape == (8, 128, 64)
+    assert block.weight.std().item() == pytest.approx(1 / math.sqrt(256 + 8 * 96), rel=0.02)  # full input width
+    assert networks.conv5(16, 64).weight.std().item() == pytest.approx(1 / math.sqrt(25 * 16), rel=0.02)
+
+
+def test_block_linear_equals_its_definition():
+    layer = networks.BlockLinear(8, 12, 4, shared=3)
+    layer.bias.data.normal_()
+    x, shared = torch.randn(5, 8), torch.randn(5, 3)
+    blocks = [torch.cat([x[:, 2 * g : 2 * g + 2], shared], -1) @ layer.weight[g] for g in range(4)]
+    torch.testing.assert_close(layer(x, shared), torch.cat(blocks, -1) + layer.bias)
+
+
+def test_upsample_conv_equals_its_definition():
+    conv, x = networks.conv5(3, 4).double(), torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    conv.bias.data.normal_()
+    expected = conv(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(torch.nn.functional.pixel_shuffle(networks.upsample_conv(x, conv), 2), expected)
+
+
+COUNTS = {
+    "1m": (686_456, 640_477),
+    "12m": (10_492_616, 9_736_477),
+    "25m": (23_487_016, 21_780_637),
+    "50m": (41_646_984, 38_608_925),
+    "100m": (93_463_624, 86_617_885),
+    "200m": (165_942_536, 153_763_357),
+    "400m": (372_887_176, 345_463_837),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts_of_the_official_code(size):
+    with torch.device("meta"):
+        for spec, count in zip((ObsSpec((64, 64, 3)), ObsSpec((24,))), COUNTS[size], strict=True):
+            agent = Agent({"obs": spec}, ActionSpec((6,), 6), SIZES[size], Args())
+            assert sum(p.numel() for p in agent.trained()) == count
+
+
+# === returns, losses, optimizer =======================================================================================
+
+
+def test_lambda_return_by_hand():
+    # two steps after the first; the middle one is ordinary: R1 = r2 + g*b2, R0 = r1 + g*((1-l)*b1 + l*R1)
+    zeros = torch.zeros(1, 3)
+    reward, boot = torch.tensor([[9.0, 1.0, 2.0]]), torch.tensor([[7.0, 10.0, 20.0]])
+    out = dreamerv3.lambda_return(zeros, zeros, reward, boot, 0.9, 0.5)
+    r1 = 2 + 0.9 * 20
+    torch.testing.assert_close(out, torch.tensor([[1 + 0.9 * (0.5 * 10 + 0.5 * r1), r1]]))
+    one = torch.tensor([[0.0, 1.0, 0.0]])
+    # truncated at step 1: bootstrap from its value alone; terminated there: its reward alone
+    assert dreamerv3.lambda_return(one, zeros, reward, boot, 0.9, 0.5)[0, 0].item() == pytest.approx(1 + 0.9 * 10)
+    assert dreamerv3.lambda_return(one, one, reward, boot, 0.9, 0.5)[0, 0].item() == pytest.approx(1)
+
+
+def n_step_return(t, n, last, term, reward, boot, disc):
+    """Discounted rewards of t+1 .. t+n, then the value there; stops at episode ends."""
+    total, scale = 0.0, 1.0
+    for k in range(t + 1, t + n + 1):
+        total += scale * reward[k]
+        scale *= disc * (not term[k])
+        if last[k]:
+            break
+    return total + scale * boot[k]
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+def test_lambda_return_equals_the_weighted_sum_of_n_step_returns(lam):
+    rng, length = np.random.default_rng(0), 7
+    for _ in range(20):
+        reward, boot = rng.normal(size=length), rng.normal(size=length)
+        term = rng.random(length) < 0.15
+        trajectory = (term | (rng.random(length) < 0.15), term, reward, boot)
+        expected = []
+        for t in range(length - 1):
+            steps = length - 1 - t
+            weights = [(1 - lam) * lam ** (n - 1) for n in range(1, steps)] + [lam ** (steps - 1)]
+            expected.append(sum(w * n_step_return(t, n, *trajectory, 0.97) for n, w in enumerate(weights, 1)))
+        out = dreamerv3.lambda_return(*(torch.tensor(x)[None] for x in trajectory), 0.97, lam)[0]
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_kl_is_summed_over_groups_before_free_nats_and_split_by_stop_gradients(monkeypatch):
+    agent, args = make_agent()
+    batch = make_batch(agent)
+    for free, active in ((1e-6, True), (1e6, False)):
+        args.free_nats = free
+        losses, _, _, outputs = dreamerv3.world_model_loss(agent, batch, args)
+        mixed = [0.99 * outputs[k].softmax(-1) + 0.01 / 4 for k in ("post", "prior")]
+        kl = (mixed[0] * (mixed[0] / mixed[1]).log()).sum((-1, -2))
+        torch.testing.assert_close(losses["dyn"], kl.clamp(min=free))
+        torch.testing.assert_close(losses["rep"], losses["dyn"])
+        for name, trained, fixed in (("dyn", "prior", "post"), ("rep", "post", "prior")):
+            logits = [outputs[trained], outputs[fixed]]
+            grads = torch.autograd.grad(losses[name].sum(), logits, retain_graph=True, allow_unused=True)
+            assert bool(grads[0].any()) == active
+            # "prior" is computed from deter, which "post" shapes too: only its own logits may be reached directly
+            assert grads[1] is None or trained == "prior" or not grads[1].any()
+
+
+def test_return_norm_tracks_percentiles():
+    norm = dreamerv3.ReturnNorm()
+    returns = torch.arange(101.0)  # 5th percentile 5, 95th 95
+    norm.update(returns)
+    assert (norm.lo.item(), norm.hi.item()) == pytest.approx((0.05, 0.95)) and norm.scale.item() == 1
+    for _ in range(2000):
+        norm.update(returns)
+    assert (norm.lo.item(), norm.hi.item()) == pytest.approx((5, 95), rel=1e-3)
+    assert norm.scale.item() == pytest.approx(90, rel=1e-3)
+    norm.update(torch.tensor([0.0, 1.0]))  # interpolated linearly: 0.05 and 0.95
+    assert norm.lo.item() == pytest.approx(0.99 * 5 + 0.01 * 0.05, rel=1e-3)
+
+
+def test_optimizer_equals_a_plain_loop():
+    params = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.zeros(5))]
+    optimizer = dreamerv3.LaProp(params, lr=0.1, warmup=4, clip=0.3)
+    plain = [(p.detach().double(), torch.zeros(p.shape).double(), torch.zeros(p.shape).double()) for p in params]
+    for step in range(7):
+        for p in params:
+            p.grad = torch.randn(p.shape) * 10 ** (step - 3)
+        for i, (p, mean, square) in enumerate(plain):
+            g = params[i].grad.double()
+            g = g * min(1, 0.3 * max(1e-3, p.norm()) / g.norm())
+            square = 0.999 * square + 0.001 * g * g
+            mean = 0.9 * mean + 0.1 * g / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-20)
+            plain[i] = p - 0.1 * min(1, step / 4) * mean / (1 - 0.9 ** (step + 1)), mean, square
+        before = [p.clone() for p in params]
+        metrics = optimizer.step()
+        assert step > 0 or all(torch.equal(p, q) for p, q in zip(params, before, strict=True))  # first rate is 0
+        assert metrics["charts/learning_rate"].item() == pytest.approx(0.1 * min(1, step / 4))
+        for p, (expected, _, _) in zip(params, plain, strict=True):
+            torch.testing.assert_close(p.detach().double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_slow_critic_follows_with_rate_tau():
+    agent, args = make_agent(tau=0.25)
+    agent.critic.out.weight.data.fill_(1.0)
+    optimizer = dreamerv3.LaProp(agent.trained(), 0.0)
+    dreamerv3.train_step(agent, optimizer, make_batch(agent), args)
+    torch.testing.assert_close(agent.slow_critic.out.weight, torch.full_like(agent.critic.out.weight, 0.25))
+
+
+FLAGS = {
+    **dict.fromkeys(["pred_scale", "dyn_scale", "rep_scale", "free_nats", "ent_coef", "slow_critic_scale"], 3.0),
+    **dict.fromkeys(["gamma", "return_lambda", "unimix", "actor_unimix", "replay_critic_scale"], 0.5),
+    "twohot": "symlog",
+    "imagination_horizon": 2,
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_every_loss_flag_changes_the_loss(flag):
+    totals = []
+    for value in (getattr(Args(imagination_horizon=3), flag), FLAGS[flag]):
+        torch.manual_seed(0)
+        agent, args = make_agent()
+        for head in (agent.reward, agent.critic, agent.slow_critic):
+            torch.nn.init.normal_(head.out.weight)
+        setattr(args, flag, value)
+        agent.rssm.unimix, agent.actor.unimix = args.unimix, args.actor_unimix
+        agent.twohot = networks.TwoHot(args.bins, args.twohot)
+        torch.manual_seed(1)
+        totals.append(dreamerv3.loss(agent, make_batch(agent), args)[0].item())
+    assert totals[0] != totals[1]
+
+
+# === gradients, devices, alignment ====================================================================================
+
+
+@pytest.mark.parametrize("action", [ActionSpec((3,), 3), ActionSpec((3, 2), 5), ActionSpec((), 2)])
+def test_every_parameter_receives_gradient(action):
+    agent, args = make_agent(SPECS, action, free_nats=0.0)
+    for head in (agent.reward, agent.critic, agent.slow_critic):
+        torch.nn.init.normal_(head.out.weight)  # outscale 0 passes nothing on at first
+    dreamerv3.loss(agent, make_batch(agent), args)[0].backward()
+    silent = [name for name, p in agent.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not silent
+
+
+def test_imagined_losses_send_no_gradient_into_the_world_model():
+    agent, args = make_agent()
+    for head in (agent.reward, agent.critic):
+        torch.nn.init.normal_(head.out.weight)
+    batch = make_batch(agent)
+    losses, deter, stoch, _ = dreamerv3.world_model_loss(agent, batch, args)
+    feat, action = dreamerv3.imagine(agent, deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1), 3)
+    behavior, returns, _ = dreamerv3.actor_critic_loss(agent, feat, action, args)
+    sum(x.sum() for x in behavior.values()).backward()
+    world = [agent.encoder, agent.rssm, agent.decoder, agent.reward, agent.cont]
+    assert all(p.grad is None for net in world for p in net.parameters())
+    assert all(p.grad is not None for net in (agent.actor, agent.critic) for p in net.parameters())
+    agent.zero_grad()
+    boot = returns[:, 0].unflatten(0, deter.shape[:2])
+    replay_loss = dreamerv3.replay_critic_loss(agent, dreamerv3.get_feat(deter, stoch), batch, boot, args)
+    replay_loss.sum().backward()  # this one does
+    assert agent.rssm.gru.weight.grad.any() and agent.encoder.mlp[0][0].weight.grad.any()
+    assert all(p.grad is None for p in [*agent.actor.parameters(), *agent.slow_critic.parameters()])
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails on every operation that would make the host wait for the device or has a data-dependent shape."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal.")
+        assert not any(name in str(function) for name in forbidden), f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("action", [ActionSpec((3, 2), 5), ActionSpec((), 2)])
+def test_update_never_waits_for_the_device(action):
+    agent, args = make_agent(SPECS, action)
+    optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate)
+    batch = make_batch(agent)
+    with NoHostSync():
+        dreamerv3.train_step(agent, optimizer, batch, args)
+
+
+@pytest.mark.parametrize("action", [ActionSpec((3, 2), 5), ActionSpec((), 2)])
+def test_update_creates_every_tensor_on_the_right_device(action):
+    """On the meta device an operation that mixes devices raises, as it would on a GPU."""
+    agent, args = make_agent(SPECS, action)
+    batch = {key: x for key, x in make_batch(agent).items() if key != "obs"} | {"obs": make_batch(agent)["obs"]}
+    agent = agent.to("meta")
+    optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate)
+    batch = {k: {n: x.to("meta") for n, x in v.items()} if k == "obs" else v.to("meta") for k, v in batch.items()}
+    (deter, stoch), metrics = dreamerv3.train_step(agent, optimizer, batch, args)
+    assert {x.device.type for x in (deter, stoch, *metrics.values())} == {"meta"}
+    state = (*agent.rssm.initial(2), torch.zeros(2, action.size, device="meta"))
+    obs = {key: x[:, 0] for key, x in batch["obs"].items()}
+    out, _ = dreamerv3.policy(agent, obs, state, batch["is_first"][:, 0])
+    assert out.shape == (2, action.size) and out.device.type == "meta"
+
+
+def test_nothing_before_a_reset_reaches_later_latents():
+    agent, _ = make_agent()
+    batch = make_batch(agent, length=8)
+    batch["is_first"][:] = False
+    batch["is_first"][:, 4] = True
+    outs = []
+    for change in (0.0, 100.0):
+        obs = {"vector": batch["obs"]["vector"].clone()}
+        obs["vector"][:, :4] += change
+        action = batch["prev_action"].clone()
+        action[:, :5] += change  # the action before the reset step included
+        torch.manual_seed(1)
+        embed = agent.encoder(obs)
+        outs.append(agent.rssm.observe(batch["deter"] + change, batch["stoch"], action, embed, batch["is_first"]))
+    for before, after in zip(*outs, strict=True):
+        assert torch.equal(before[:, 4:], after[:, 4:])
+    assert not torch.equal(outs[0][0][:, 3], outs[1][0][:, 3])
+
+
+def test_policy_and_training_agree_on_latents(monkeypatch):
+    monkeypatch.setattr(networks, "sample_index", lambda probs, u: probs.argmax(-1))
+    agent, _ = make_agent(SPECS)
+    batch = make_batch(agent, batch=3, length=7)
+    state = (batch["deter"], batch["stoch"], batch["prev_action"][:, 0])
+    deter, stoch, _ = agent.rssm.observe(
+        batch["deter"], batch["stoch"], batch["prev_action"], agent.encoder(batch["obs"]), batch["is_first"]
+    )
+    for t in range(7):
+        obs = {key: x[:, t] for key, x in batch["obs"].items()}
+        _, new = dreamerv3.policy(agent, obs, (*state[:2], batch["prev_action"][:, t]), batch["is_first"][:, t])
+        torch.testing.assert_close(new[0], deter[:, t], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(new[1], stoch[:, t])
+        state = new
+
+
+def test_one_batch_can_be_overfitted():
+    agent, args = make_agent(SPECS)
+    optimizer = dreamerv3.LaProp(agent.trained(), 3e-3, warmup=10)
+    batch = make_batch(agent, batch=2, length=4)
+    batch["obs"]["image"] = batch["obs"]["image"][:, :, :1, :1].expand(2, 4, 64, 64, 3)  # one color per step
+    history = [dreamerv3.train_step(agent, optimizer, batch, args)[1] for _ in range(300)]
+    first, last = ({k: float(m[k]) for k in m} for m in (history[0], history[-1]))
+    for name, factor in {"recon": 0.1, "reward": 0.5, "continue": 0.3}.items():
+        assert last[f"losses/{name}"] < factor * first[f"losses/{name}"], name
+
+
+class Chain(gym.Env):
+    """Walks 0, 1, 2, … to `length`, then ends, by termination or truncation; the reward is the new position."""
+
+    def __init__(self, length: int = 5, terminal: bool = True):
+        self.length, self.terminal = length, terminal
+        self.observation_space, self.action_space = spaces.Box(-1, 99, (1,)), spaces.Discrete(4, start=3)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        assert action in self.action_space
+        self.position += 1
+        end = self.position == self.length
+        return (
+            np.full(1, self.position, np.float32),
+            self.position,
+            end and self.terminal,
+            end and not self.terminal,
+            {},
+        )
+
+
+gym.register("DreamerChain-v0", Chain, kwargs={"length": 5})
+gym.register("DreamerTruncatedChain-v0", Chain, kwargs={"length": 5, "terminal": False})
+
+
+@pytest.mark.parametrize("env_id", ["DreamerChain-v0", "DreamerTruncatedChain-v0"])
+@pytest.mark.parametrize("windows", ["episode", "stream"])
+def test_alignment_on_a_chain(env_id, windows, tmp_path, monkeypatch):
+    """The loop stores, and replay returns, exactly the time line drawn at the top of dreamerv3.py."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    real = dreamerv3.batch_to_device
+    monkeypatch.setattr(dreamerv3, "batch_to_device", lambda batch, *rest: seen.append(batch) or real(batch, *rest))
+    monkeypatch.setitem(dreamerv3.SIZES, "1m", TINY)
+    flags = f"--env-id {env_id} --replay-windows {windows} --total-timesteps 90 --learning-starts 40 --no-compile"
+    flags += " --batch-size 4 --batch-length 8 --train-ratio 16 --imagination-horizon 2 --size 1m --precision float32"
+    with pytest.raises(SystemExit) as stop:
+        dreamerv3.main(flags.split())
+    assert not stop.value.code and len(seen) == 25
+    for batch in seen:
+        x, r = batch["obs/obs"][..., 0], batch["reward"]
+        assert ((batch["is_first"]) >= (x == 0)).all()  # a reset shows position 0; a row may also start over elsewhere
+        np.testing.assert_array_equal(r, x)  # reward[t] arrives with obs[t], 0 on resets
+        assert (batch["is_last"] >= (x == 5)).all()
+        np.testing.assert_array_equal(batch["is_terminal"], (x == 5) & (env_id == "DreamerChain-v0"))
+        follows = x[:, 1:] == x[:, :-1] + 1
+        np.testing.assert_array_equal(follows, ~batch["is_first"][:, 1:])
+        np.testing.assert_array_equal(batch["is_last"][:, :-1], batch["is_first"][:, 1:])
+
 
 # === golden: numbers computed by the official JAX code (golden/README.md) =============================================
 
