@@ -17,7 +17,7 @@ Time line. Step t holds what arrived at t and the action chosen on it; reward[t]
 
       step             0          1          2         3          4
       obs              x0 ------> x1 ------> x2        x3 ------> x4        x3 comes from a reset: no arrow into it,
-      action              \\ a0 /     \\ a1 /     (a2)      \\ a3 /             a2 is stored but never executed
+      action              \\_ a0 _/  \\_ a1 _/  (a2)      \\_ a3 _/            a2 is stored but never executed
       reward           0          r1         r2        0          r4        r1 was earned by a0
       is_first         1          0          0         1          0         h, z, a of the step before are zeroed here
       is_last          0          0          1         0          0         the episode ended, for either reason
@@ -42,6 +42,7 @@ import threading
 import time
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import reduce
 from importlib import import_module
 from operator import getitem
@@ -60,7 +61,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import networks
-from networks import RSSM, ActionSpec, Actor, Decoder, Encoder, Head, ObsSpec, OneHot, Size, TwoHot, one_hot, symlog
+from networks import RSSM, ActionSpec, Actor, Decoder, Encoder, ObsSpec, OneHot, Size, TwoHot, head, one_hot, symlog
 from replay import Replay
 
 # === 1. Args ==========================================================================================================
@@ -367,10 +368,10 @@ class Agent(nn.Module):
         self.encoder = Encoder(specs, size)
         self.rssm = RSSM(self.encoder.embed_size, action.size, size, args.unimix)
         self.decoder = Decoder(specs, size)
-        self.reward = Head(feat, size.units, 1, args.bins, outscale=0.0)
-        self.cont = Head(feat, size.units, 1, 1)
+        self.reward = head(feat, size.units, 1, args.bins, outscale=0.0)
+        self.cont = head(feat, size.units, 1, 1)
         self.actor = Actor(feat, size.units, action, args.actor_unimix)
-        self.critic = Head(feat, size.units, 3, args.bins, outscale=0.0)
+        self.critic = head(feat, size.units, 3, args.bins, outscale=0.0)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.twohot = TwoHot(args.bins, args.twohot)
         self.return_norm = ReturnNorm()
@@ -431,7 +432,7 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
     prior_logits = agent.rssm.logits(agent.rssm.prior, deter)  # (B, T, S, K)
     feat = get_feat(deter, stoch)  # (B, T, F)
     reward_logits = agent.reward(feat)  # (B, T, V)
-    cont_logits = agent.cont(feat).squeeze(-1)  # (B, T)
+    cont_logits = agent.cont(feat).squeeze(-1).float()  # (B, T)
     recon, maps = agent.decoder(deter, stoch)  # key -> (B, T, …), and what images are made of
 
     # the KL is summed over the S groups first, then floored: free nats are per step
@@ -548,7 +549,7 @@ def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args) ->
     """
     with torch.no_grad():
         reward = agent.twohot.mean(agent.reward(feat))  # (N, H+1)
-        cont = agent.cont(feat).squeeze(-1).sigmoid()  # (N, H+1), the discount is in it
+        cont = agent.cont(feat).squeeze(-1).float().sigmoid()  # (N, H+1), the discount is in it
         slow_value = agent.twohot.mean(agent.slow_critic(feat))  # (N, H+1)
     value_logits = agent.critic(feat)  # (N, H+1, V)
     value = agent.twohot.mean(value_logits.detach())  # (N, H+1)
@@ -712,32 +713,32 @@ def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
 
     Halves the time of an update. Where it fails (no compiler, unsupported platform) everything goes on in eager mode.
     """
-    plain = [getattr(owner, name) for owner, name in COMPILED]
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.cache_size_limit = 64  # beyond it, silently eager
-    start, done, norm = time.time(), threading.Event(), copy.deepcopy(agent.return_norm.state_dict())
-    print("compiling the update's inner functions, about a minute the first time", flush=True)
+
+    def replace(functions):
+        for (owner, name), function in zip(COMPILED, functions, strict=True):
+            setattr(owner, name, function)
 
     def heartbeat():
         while not done.wait(20):
             print(f"still compiling after {time.time() - start:.0f} s", flush=True)
 
+    plain = [getattr(owner, name) for owner, name in COMPILED]
+    torch._dynamo.config.cache_size_limit = 64  # shapes per function; beyond the limit it would be eager silently
+    start, done, return_norm = time.time(), threading.Event(), copy.deepcopy(agent.return_norm.state_dict())
+    print("compiling the inner functions of an update, about a minute the first time", flush=True)
     threading.Thread(target=heartbeat, daemon=True).start()
     try:
-        for (owner, name), function in zip(COMPILED, plain, strict=True):
-            setattr(owner, name, torch.compile(function, dynamic=False))
+        replace([torch.compile(function, dynamic=False) for function in plain])
         with torch.random.fork_rng():
             loss(agent, batch, args)[0].backward()
         print(f"compiled in {time.time() - start:.0f} s", flush=True)
-    except Exception as error:  # any failure of the compiler, of many kinds
-        for (owner, name), function in zip(COMPILED, plain, strict=True):
-            setattr(owner, name, function)
-        print(
-            f"cannot compile ({type(error).__name__}: {str(error).splitlines()[0]}): going on in eager mode", flush=True
-        )
+    except Exception as error:  # compilers fail in many ways
+        replace(plain)
+        print(f"cannot compile, going on in eager mode: {type(error).__name__}: {str(error)[:200]!r}", flush=True)
     finally:
         done.set()
         agent.zero_grad(set_to_none=True)
-        agent.return_norm.load_state_dict(norm)
+        agent.return_norm.load_state_dict(return_norm)
 
 
 # === 10. Checkpoints ==================================================================================================
@@ -793,17 +794,15 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
         stored = Args(**state["args"])
         given = parse(stored)
         free = {"resume", "total_timesteps", "checkpoint_frequency", "log_frequency", "compile", "cuda", "save_model"}
-        for field in fields(Args):
-            old, new = getattr(stored, field.name), getattr(given, field.name)
-            flag = f"--{field.name.replace('_', '-')}"
-            if field.name not in free and new not in (old, "auto"):
+        for name in {field.name for field in fields(Args)} - free:
+            old, new = getattr(stored, name), getattr(given, name)
+            if new not in (old, "auto"):
+                flag = f"--{name.replace('_', '-')}"
                 fail(f"{flag} {new} disagrees with {old} of the run to resume; leave it out or start a new run")
-            if field.name not in free:
-                setattr(given, field.name, old)
-        if given.total_timesteps < stored.total_timesteps:
-            fail(
-                f"--total-timesteps {given.total_timesteps} is less than {stored.total_timesteps} of the run to resume"
-            )
+            setattr(given, name, old)
+        old, new = stored.total_timesteps, given.total_timesteps
+        if new < old:
+            fail(f"--total-timesteps {new} is less than the {old} of the run to resume; it may only grow")
         args = given
     check_args(args)
     return args, state
@@ -820,16 +819,10 @@ def check_args(args: Args) -> None:
         value = getattr(args, name)
         if not (value >= limit if inclusive else value > limit) or value == float("inf"):
             fail(f"--{name.replace('_', '-')} {value} must be {'at least' if inclusive else 'more than'} {limit}")
-    for name, top in {
-        "unimix": False,
-        "actor_unimix": False,
-        "gamma": False,
-        "return_lambda": True,
-        "tau": True,
-    }.items():
-        value = getattr(args, name)
-        if not (0 <= value <= 1 if top else 0 <= value < 1):
-            fail(f"--{name.replace('_', '-')} {value} must lie in [0, 1{']' if top else ')'}")
+    for name in ("gamma", "unimix", "actor_unimix", "return_lambda", "tau"):
+        value, closed = getattr(args, name), name in ("return_lambda", "tau")
+        if not (0 <= value < 1 or value == closed == 1):
+            fail(f"--{name.replace('_', '-')} {value} must lie in [0, 1{']' if closed else ')'}")
     if args.bins % 2 == 0:
         fail(f"--bins {args.bins} must be odd, so that one bin is exactly 0")
     if args.image_size % 16 or not 48 <= args.image_size <= 256:
@@ -837,13 +830,10 @@ def check_args(args: Args) -> None:
     if args.learning_starts > args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} must not exceed --total-timesteps {args.total_timesteps}")
     need = (args.batch_length + 1) * args.num_envs
-    if min(args.buffer_size, args.total_timesteps) < need:
-        fail(
-            f"--buffer-size {args.buffer_size} and --total-timesteps {args.total_timesteps} must be at least {need}: "
-            f"one window of --batch-length {args.batch_length} + 1 steps for each of --num-envs {args.num_envs}"
-        )
-    if args.learning_starts < need:
-        fail(f"--learning-starts {args.learning_starts} must be at least {need}, one window per environment")
+    for name in ("buffer_size", "total_timesteps", "learning_starts"):
+        if getattr(args, name) < need:
+            why = "(--batch-length + 1) * --num-envs, one window per environment"
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {need}: {why}")
 
 
 def choose_device(args: Args) -> torch.device:
@@ -876,10 +866,8 @@ def make_replay(args: Args, agent: Agent, folder: Path, capacity: int) -> Replay
     size = Replay.bytes_per_step(layout)
     where = folder / "replay" if args.persist_replay else None
     free = shutil.disk_usage(folder).free if where else free_memory()
-    print(
-        f"replay: {capacity:,} steps of {size / 1e3:.1f} kB take {capacity * size / 1e9:.2f} GB "
-        f"of {free / 1e9:.1f} GB free {'disk' if where else 'memory'}"
-    )
+    kind = "disk" if where else "memory"
+    print(f"replay: {capacity:,} steps take {capacity * size / 1e9:.2f} GB of {free / 1e9:.1f} GB free {kind}")
     if not (where and where.exists()) and capacity * size > 0.8 * free:
         most = int(0.8 * free / size)
         fail(f"the replay buffer would take more than 80 % of what is free; --buffer-size {most} or less would fit")
@@ -898,8 +886,7 @@ class Progress:
     """Episode statistics, their CSV, and a progress bar that is one line per 20 s when the output is a file."""
 
     def __init__(self, folder: Path, total: int, step: int):
-        self.total, self.start, self.begin = total, step, time.time()
-        self.returns: list[float] = []
+        self.total, self.begin, self.returns = total, time.time(), []
         new = not (folder / "episodes.csv").exists()
         self.file = open(folder / "episodes.csv", "a", buffering=1, newline="")
         self.csv = csv.writer(self.file)
@@ -920,14 +907,11 @@ class Progress:
         now = time.time()
         if now - self.window[-1][0] > 2:
             self.window = [*self.window[-15:], (now, step)]
-        (begin, first), speed = self.window[0], 0.0
-        if now > begin:
-            speed = (step - first) / (now - begin)
-        last = (
-            f"return last {self.returns[-1]:.1f} mean {np.mean(self.returns):.1f}" if self.returns else "no episode yet"
-        )
-        left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / speed)) if speed else "?"
-        text = f"| {last} | {updates:,} updates | {speed:.1f} steps/s | " + (wait or f"{left} left")
+        begin, first = self.window[0]
+        speed = (step - first) / max(now - begin, 1e-9)
+        last, mean = (self.returns[-1], np.mean(self.returns)) if self.returns else (math.nan, math.nan)
+        left = wait or f"{timedelta(seconds=int((self.total - step) / max(speed, 1e-3)))} left"
+        text = f"| return last {last:.1f} mean {mean:.1f} | {updates:,} updates | {speed:.1f} steps/s | {left}"
         self.bar.set_description_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
 
@@ -1053,12 +1037,9 @@ def main(argv: list[str] | None = None) -> None:
             seconds = now - began[0]
             values = {name: torch.stack([m[name] for m in window]).mean().item() for name in window[0]}
             values |= {"charts/SPS": (global_step - began[1]) / seconds, "charts/updates": updates}
-            values |= {
-                "charts/updates_per_second": (updates - began[2]) / seconds,
-                "charts/frames": global_step * repeat,
-            }
+            values |= {"charts/updates_per_second": (updates - began[2]) / seconds}
+            values |= {"charts/frames": global_step * repeat, "charts/time_share_update": updating / seconds}
             values |= {"charts/train_ratio": updates * args.batch_size * args.batch_length / global_step}
-            values |= {"charts/time_share_update": updating / seconds}
             for name, value in values.items():
                 writer.add_scalar(name, value, global_step)
             window, updating, began = [], 0.0, (now, global_step, updates)

@@ -42,7 +42,7 @@ def split_keys(specs: dict[str, ObsSpec]) -> tuple[list[str], list[str]]:
 
 
 class ActionSpec(NamedTuple):
-    """Flat actions: one-hot vectors of `nvec` classes side by side, or `size` real numbers if nvec is ()."""
+    """Flat actions: one-hot vectors of `nvec` classes side by side, or, with nvec (), `size` real numbers."""
 
     nvec: tuple[int, ...]
     size: int
@@ -122,7 +122,7 @@ def sample_index(probs: Tensor, u: Tensor) -> Tensor:
 
 
 def one_hot(index: Tensor, classes: int) -> Tensor:
-    """Class indices (…,) -> (…, classes) float32. F.one_hot checks the range of its input, which waits for the device."""
+    """Class indices (…,) -> (…, classes) float32. F.one_hot would check their range, and so wait for the device."""
     return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).float()
 
 
@@ -216,7 +216,7 @@ class BlockLinear(nn.Module):
     def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0):
         super().__init__()
         self.blocks, self.inputs = blocks, inputs // blocks
-        self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks + shared, outputs // blocks))
+        self.weight = nn.Parameter(torch.empty(blocks, self.inputs + shared, outputs // blocks))
         self.bias = nn.Parameter(torch.empty(outputs))
         init(self, inputs + blocks * shared)  # the full input width, as in the official code
 
@@ -229,10 +229,9 @@ class BlockLinear(nn.Module):
 
 
 def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """conv5 on x upsampled 2x (nearest), left as four pixel phases: (N, C, h, w) -> (N, 4C', h, w), for pixel_shuffle.
+    """conv5 on x upsampled 2x (nearest), as four pixel phases for pixel_shuffle: (N, C, h, w) -> (N, 4C', h, w).
 
-    An output pixel sees 3x3 different inputs, so each phase is a 3x3 convolution whose taps are sums of the 5x5 taps.
-    Exact, with 36 % of the multiplications.
+    A pixel sees 3x3 different inputs: a phase is a 3x3 convolution with sums of the 5x5 taps. Exact, 36 % of the work.
     """
     rows = [[[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]]
     taps = torch.tensor(rows, dtype=conv.weight.dtype, device=conv.weight.device)  # (phase, 3, 5)
@@ -277,16 +276,9 @@ def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
     return nn.Sequential(*[dense(units if i else inputs, units) for i in range(layers)])
 
 
-class Head(nn.Module):
-    """MLP, then one Linear: (…, inputs) -> (…, outputs), float32."""
-
-    def __init__(self, inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.0):
-        super().__init__()
-        self.mlp = mlp(inputs, units, layers)
-        self.out = linear(units, outputs, outscale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.mlp(x)).float()
+def head(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.0) -> nn.Sequential:
+    """MLP, then one Linear: (…, inputs) -> (…, outputs)."""
+    return nn.Sequential(mlp(inputs, units, layers), linear(units, outputs, outscale))
 
 
 class Actor(nn.Module):

@@ -8,10 +8,8 @@ import csv
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -30,6 +28,7 @@ from replay import Replay
 TINY = Size(deter=32, hidden=16, units=16, classes=4, depth=4, groups=4, blocks=4)
 SPECS = {"image": ObsSpec((64, 64, 3)), "vector": ObsSpec((5,)), "discrete": ObsSpec((2,), 3)}
 ROOT = Path(__file__).parent
+PLAIN_STEP = networks.RSSM.observe_step
 
 
 @pytest.fixture(autouse=True)
@@ -321,10 +320,10 @@ def test_optimizer_equals_a_plain_loop():
 
 def test_slow_critic_follows_with_rate_tau():
     agent, args = make_agent(tau=0.25)
-    agent.critic.out.weight.data.fill_(1.0)
+    agent.critic[1].weight.data.fill_(1.0)
     optimizer = dreamerv3.LaProp(agent.trained(), 0.0)
     dreamerv3.train_step(agent, optimizer, make_batch(agent), args)
-    torch.testing.assert_close(agent.slow_critic.out.weight, torch.full_like(agent.critic.out.weight, 0.25))
+    torch.testing.assert_close(agent.slow_critic[1].weight, torch.full_like(agent.critic[1].weight, 0.25))
 
 
 FLAGS = {
@@ -342,7 +341,7 @@ def test_every_loss_flag_changes_the_loss(flag):
         torch.manual_seed(0)
         agent, args = make_agent()
         for head in (agent.reward, agent.critic, agent.slow_critic):
-            torch.nn.init.normal_(head.out.weight)
+            torch.nn.init.normal_(head[1].weight)
         setattr(args, flag, value)
         agent.rssm.unimix, agent.actor.unimix = args.unimix, args.actor_unimix
         agent.twohot = networks.TwoHot(args.bins, args.twohot)
@@ -358,7 +357,7 @@ def test_every_loss_flag_changes_the_loss(flag):
 def test_every_parameter_receives_gradient(action):
     agent, args = make_agent(SPECS, action, free_nats=0.0)
     for head in (agent.reward, agent.critic, agent.slow_critic):
-        torch.nn.init.normal_(head.out.weight)  # outscale 0 passes nothing on at first
+        torch.nn.init.normal_(head[1].weight)  # outscale 0 passes nothing on at first
     dreamerv3.loss(agent, make_batch(agent), args)[0].backward()
     silent = [name for name, p in agent.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not silent
@@ -367,7 +366,7 @@ def test_every_parameter_receives_gradient(action):
 def test_imagined_losses_send_no_gradient_into_the_world_model():
     agent, args = make_agent()
     for head in (agent.reward, agent.critic):
-        torch.nn.init.normal_(head.out.weight)
+        torch.nn.init.normal_(head[1].weight)
     batch = make_batch(agent)
     losses, deter, stoch, _ = dreamerv3.world_model_loss(agent, batch, args)
     feat, action = dreamerv3.imagine(agent, deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1), 3)
@@ -518,6 +517,309 @@ def test_alignment_on_a_chain(env_id, windows, tmp_path, monkeypatch):
         np.testing.assert_array_equal(batch["is_last"][:, :-1], batch["is_first"][:, 1:])
 
 
+# === replay ===========================================================================================================
+
+FIELDS = {"obs/x": ((2,), np.float32), "action": ((1,), np.int32), "reward": ((), np.float32)}
+FIELDS |= {"deter": ((3,), np.float16), "stoch": ((2,), np.uint8)}
+
+
+def fill(replay: Replay, steps: int, lengths, seed: int = 0, last_from: int | None = None) -> None:
+    """Add steps whose observation is (environment, time), in episodes of the given lengths."""
+    rng, envs = np.random.default_rng(seed), replay.num_envs
+    first, left = np.ones(envs, bool), rng.choice(lengths, envs)
+    for now in range(replay.now, replay.now + steps):
+        last, time = left == 1, np.full(envs, now)
+        step = {"obs/x": np.stack([np.arange(envs), time], 1), "action": time[:, None], "reward": time}
+        step |= {"is_first": first, "is_last": last, "is_terminal": last}
+        step |= {"deter": np.zeros((envs, 3)), "stoch": np.full((envs, 2), now % 200)}
+        copies = {k: v.copy() for k, v in step.items()}
+        replay.add(step)
+        assert all(np.array_equal(step[k], copies[k]) for k in step), "add changed its input"
+        first, left = last, np.where(last, rng.choice(lengths, envs), left - 1)
+
+
+@pytest.mark.parametrize("windows", ["episode", "stream"])
+@pytest.mark.parametrize("lengths", [[1], [3, 5], [8], [7, 9, 30], [40, 50], [10_000]])
+def test_sampled_rows_are_contiguous_and_seams_are_marked(windows, lengths):
+    replay = Replay(600, 2, FIELDS, 8, windows)
+    for steps in (20, 270, 37, 500):  # not full, just full, past the write head, far past it
+        fill(replay, steps, lengths)
+        now, kept = replay.now, min(replay.now, 300)
+        assert len(replay) == 2 * kept
+        for _ in range(50):
+            batch, (env, time) = replay.sample(16)
+            x = batch["obs/x"]
+            np.testing.assert_array_equal(x[..., 0], np.broadcast_to(env, (16, 8)))
+            np.testing.assert_array_equal(x[..., 1], time)
+            np.testing.assert_array_equal(batch["reward"], time)
+            assert time.min() >= now - kept and time.max() < now
+            follows = time[:, 1:] == time[:, :-1] + 1
+            first, last = batch["is_first"], batch["is_last"]
+            assert (follows | (first[:, 1:] & last[:, :-1])).all()
+            assert not (last[:, :-1] & ~first[:, 1:]).any()
+            # the action and the latent before each step are those of the step before it, unless the state is reset
+            assert (first | (batch["prev_action"][..., 0] == time - 1)).all()
+            assert (first[:, 0] | (batch["stoch"][:, 0] == (time[:, 0] - 1) % 200)).all()
+            assert (batch["is_terminal"] <= last).all()
+            if windows == "episode":
+                assert not (last[:, :-1] & follows).any()  # never on into the next episode
+
+
+@pytest.mark.parametrize("lengths, low, high", [([3, 5], 0.9, 1.1), ([40], 40 / 48 - 0.05, 1.8), ([8], 0.9, 1.1)])
+def test_episode_windows_cover_every_step(lengths, low, high):
+    replay = Replay(240, 1, FIELDS, 8, "episode")
+    fill(replay, 240, lengths)
+    replay.online.clear()
+    counts = np.zeros(240)
+    for _ in range(6000):
+        _, (_, time) = replay.sample(16)
+        np.add.at(counts, time, 1)
+    share = counts / counts.mean()
+    assert low <= share.min() and share.max() <= high
+
+
+def test_a_stretch_is_used_once_when_it_is_complete():
+    replay = Replay(400, 2, FIELDS, 8, "stream")
+    fill(replay, 16, [1000])
+    assert replay.online == {0: 8, 1: 8}
+    _, (env, time) = replay.sample(3)
+    assert env[:2, 0].tolist() == [0, 1] and time[0].tolist() == time[1].tolist() == list(range(8, 16))
+    assert not replay.online
+    episodes = Replay(400, 1, FIELDS, 8, "episode")
+    fill(episodes, 30, [12])
+    assert episodes.online == {0: 16 - 4}  # the first eight steps of the second episode; the third is too young
+
+
+def test_latents_are_written_back_unless_their_step_is_gone():
+    replay = Replay(40, 2, FIELDS, 4)
+    fill(replay, 20, [9])
+    _, index = replay.sample(5)
+    deter = np.random.default_rng(0).normal(size=(5, 4, 3))
+    replay.update_latents(index, deter, np.full((5, 4, 2), 7))
+    env, time = index
+    assert (replay.data["stoch"][env, time % replay.slots] == 7).all()
+    np.testing.assert_allclose(replay.data["deter"][env[-1], time[-1] % replay.slots], deter[-1], rtol=1e-3)
+    fill(replay, 20, [9])
+    before = replay.data["stoch"].copy()
+    replay.update_latents(index, deter, np.full((5, 4, 2), 9))
+    np.testing.assert_array_equal(before, replay.data["stoch"])
+
+
+def test_sampling_does_not_change_what_is_stored():
+    replay = Replay(100, 1, FIELDS, 8)
+    fill(replay, 50, [3])
+    before = {k: v.copy() for k, v in replay.data.items()}
+    batch, _ = replay.sample(8)
+    for value in batch.values():
+        value[:] = 1
+    assert all(np.array_equal(v, before[k]) for k, v in replay.data.items())
+
+
+def test_an_abandoned_episode_ends_where_it_was_cut():
+    replay = Replay(100, 1, FIELDS, 8, "stream")
+    fill(replay, 11, [1000])
+    fill(replay, 20, [1000])  # starts with is_first while the step before is not a last one
+    for _ in range(50):
+        batch, (_, time) = replay.sample(8)
+        row, col = np.nonzero(time[:, :-1] == 10)
+        assert batch["is_last"][row, col].all() and not batch["is_terminal"][row, col].any()
+
+
+@pytest.mark.parametrize("windows", ["episode", "stream"])
+def test_replay_goes_on_from_its_files(windows, tmp_path):
+    kept = Replay(60, 2, FIELDS, 8, windows, folder=tmp_path / "replay")
+    fill(kept, 45, [5, 13])
+    again = Replay(60, 2, FIELDS, 8, windows, seed=9, folder=tmp_path / "replay")
+    again.load_state_dict(kept.state_dict())
+    for _ in range(20):
+        (a, _), (b, _) = kept.sample(6), again.sample(6)
+        assert all(np.array_equal(a[k], b[k]) for k in a)
+    with pytest.raises(ValueError, match="this run needs"):
+        Replay(80, 2, FIELDS, 8, windows, folder=tmp_path / "replay")
+
+
+def test_replay_refuses_what_cannot_work():
+    with pytest.raises(ValueError, match="capacity of 16"):
+        Replay(16, 2, FIELDS, 8)
+    with pytest.raises(ValueError, match="nothing to sample"):
+        Replay(100, 1, FIELDS, 8).sample(1)
+    assert Replay.bytes_per_step(FIELDS) == 8 + 4 + 4 + 6 + 2 + 3 + 20
+
+
+# === environments =====================================================================================================
+
+
+class Everything(gym.Env):
+    """Every kind of space, nested."""
+
+    observation_space = spaces.Dict(
+        {
+            "camera": spaces.Box(0, 255, (20, 30, 1), np.uint8),
+            "tuple": spaces.Tuple((spaces.Discrete(3, start=5), spaces.MultiBinary(4))),
+            "deep": spaces.Dict({"multi": spaces.MultiDiscrete([2, 7]), "bool": spaces.Box(0, 1, (), bool)}),
+            "small": spaces.Box(0, 255, (10, 10, 3), np.uint8),
+            "double": spaces.Box(-1, 1, (2, 2), np.float64),
+        }
+    )
+
+    def __init__(self, action_space=None):
+        self.action_space = action_space or spaces.MultiDiscrete([2, 3])
+        self.actions = []
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.actions.append(action)
+        return self.observation_space.sample(), 1.0, False, len(self.actions) % 5 == 0, {}
+
+
+gym.register("DreamerEverything-v0", Everything)
+
+
+def test_adapter_flattens_every_space():
+    env = dreamerv3.Adapter(Everything(), 48)
+    assert env.specs == {
+        "camera": ObsSpec((48, 48, 1)),
+        "tuple/0": ObsSpec((), 3),
+        "tuple/1": ObsSpec((4,), 2),
+        "deep/multi": ObsSpec((2,), 7),
+        "deep/bool": ObsSpec((1,)),
+        "small": ObsSpec((300,)),
+        "double": ObsSpec((4,)),
+    }
+    obs, _ = env.reset(seed=0)
+    assert env.observation_space.contains(obs) and obs["tuple/0"] in (0, 1, 2)
+    assert env.action_spec == ActionSpec((2, 3), 5)
+
+
+@pytest.mark.parametrize(
+    "space, spec, given, expected",
+    [
+        (spaces.Discrete(3, start=-1), ActionSpec((3,), 3), [2], 1),
+        (spaces.MultiDiscrete([[2, 3], [4, 5]]), ActionSpec((2, 3, 4, 5), 14), [1, 2, 3, 4], [[1, 2], [3, 4]]),
+        (spaces.MultiBinary(3), ActionSpec((2, 2, 2), 6), [1, 0, 1], [1, 0, 1]),
+        (spaces.Box(np.array([[0.0, -4.0]]), np.array([[1.0, 8.0]])), ActionSpec((), 2), [-3.0, 0.5], [[0.0, 5.0]]),
+        (spaces.Box(-np.inf, np.inf, (2,)), ActionSpec((), 2), [-3.0, 0.25], [-1.0, 0.25]),
+        (spaces.Box(0, 10, (1,), np.int64), ActionSpec((), 1), [0.1], [6]),
+    ],
+)
+def test_adapter_translates_actions(space, spec, given, expected):
+    inner = Everything(space)
+    env = dreamerv3.Adapter(inner, 48)
+    env.reset(seed=0)
+    env.step(np.array(given))
+    assert env.action_spec == spec
+    np.testing.assert_array_equal(inner.actions[0], expected)
+
+
+def test_adapter_names_what_it_does_not_support():
+    env = Everything()
+    env.observation_space = spaces.Dict({"a": spaces.Text(5)})
+    with pytest.raises(ValueError, match="Text.*'a'"):
+        dreamerv3.Adapter(env, 64)
+    with pytest.raises(ValueError, match="action space Dict"):
+        dreamerv3.Adapter(Everything(spaces.Dict({"a": spaces.Discrete(2)})), 64)
+
+
+@pytest.mark.parametrize("env_id, sticky", [("ALE/Pong-v5", 0.25), ("PongNoFrameskip-v4", 0.0)])
+def test_atari_skips_frames_exactly_once(env_id, sticky):
+    env = dreamerv3.make_env(env_id)
+    ale = env.unwrapped.ale
+    assert ale.getFloat("repeat_action_probability") == sticky and env.repeat == 4
+    env.reset(seed=1)
+    assert 1 <= ale.getEpisodeFrameNumber() <= 30
+    before = ale.getEpisodeFrameNumber()
+    obs, *_ = env.step(np.array([0]))
+    assert ale.getEpisodeFrameNumber() == before + 4
+    assert obs["obs"].shape == (64, 64, 3) and obs["obs"].dtype == np.uint8
+    assert dreamerv3.make_env(env_id, image_size=96, action_repeat=2).specs["obs"].shape == (96, 96, 3)
+
+
+def test_action_repeat_adds_up_rewards_and_stops_at_the_end():
+    env = dreamerv3.make_env("DreamerChain-v0", action_repeat=3)
+    env.reset(seed=0)
+    obs, reward, terminated, _, _ = env.step(np.array([0]))
+    assert (obs["obs"][0], reward, terminated) == (3, 1 + 2 + 3, False)
+    obs, reward, terminated, _, info = env.step(np.array([0]))
+    assert (obs["obs"][0], reward, terminated) == (5, 4 + 5, True) and info["episode"]["r"] == 15
+
+
+def test_parallel_environments_have_their_own_seeds():
+    args = Args(env_id="CartPole-v1", num_envs=3)
+    envs, adapter = dreamerv3.make_envs(args)
+    obs, _ = envs.reset(seed=args.seed)
+    envs.close()
+    assert adapter.specs == {"obs": ObsSpec((4,))} and len({x.tobytes() for x in obs["obs"]}) == 3
+
+
+# === the program ======================================================================================================
+
+FAST = "--no-compile --batch-size 4 --batch-length 16 --train-ratio 16 --learning-starts 64 --imagination-horizon 3"
+
+
+def run(flags: str, folder: Path, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "dreamerv3.py"), *flags.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=250, **kwargs)
+
+
+def run_folder(folder: Path) -> Path:
+    return next(folder.glob("runs/**/episodes.csv")).parent
+
+
+def scalars(folder: Path) -> dict[str, list]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+KEYS = [f"charts/{k}" for k in "episodic_return episodic_length SPS updates_per_second learning_rate updates".split()]
+KEYS += ["charts/frames", "charts/train_ratio", "charts/time_share_update"]
+KEYS += [f"losses/{k}" for k in "recon reward continue dyn rep actor critic replay_critic total".split()]
+KEYS += ["world_model/prior_entropy", "world_model/posterior_entropy"]
+KEYS += [f"behavior/{k}" for k in "return_mean return_scale advantage_mag value_mean reward_mean".split()]
+KEYS += ["behavior/continue_mean", "behavior/actor_entropy"]
+KEYS += ["optim/grad_norm", "optim/update_rms", "optim/param_rms"]
+
+
+@pytest.mark.parametrize(
+    "flags, frames",
+    [
+        ("--env-id CartPole-v1 --total-timesteps 200", 1),
+        ("--env-id CartPole-v1 --total-timesteps 200 --num-envs 2 --replay-windows stream --no-persist-replay", 1),
+        ("--env-id Pendulum-v1 --total-timesteps 450 --action-repeat 2 --twohot symlog", 2),
+        ("--env-id ALE/Pong-v5 --total-timesteps 1500 --train-ratio 0.5 --save-model", 4),
+        ("--env-id test_dreamerv3:DreamerEverything-v0 --total-timesteps 200", 1),
+    ],
+)
+def test_command_line_trains_and_leaves_its_files(flags, frames, tmp_path):
+    total = int(re.search(r"--total-timesteps (\d+)", flags)[1])
+    flags = f"{FAST} {flags}"
+    done = run(flags, tmp_path, input="") if "module:" not in flags else None
+    assert done.returncode == 0, done.stderr
+    for word in ("device: cpu", "parameters: encoder", "GB free", "1 update every", "run folder: runs/"):
+        assert word in done.stdout
+    folder = run_folder(tmp_path)
+    with open(folder / "episodes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows and list(rows[0]) == ["global_step", "frames", "return", "length", "seconds"]
+    assert all(int(row["frames"]) == frames * int(row["global_step"]) for row in rows)
+    values = scalars(folder)
+    assert set(KEYS) <= set(values) and all(np.isfinite(v).all() for v in values.values())
+    ratio = float(re.findall(r"--train-ratio ([\d.]+)", flags)[-1])
+    envs = 2 if "--num-envs" in flags else 1
+    updates = math.floor(ratio * (total - 64 - (total - 64) % envs) / (4 * 16))
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert (state["global_step"], state["updates"]) == (total, updates) and updates > 0
+    assert (folder / "model.pt").exists() == ("--save-model" in flags)
+
+
 # === golden: numbers computed by the official JAX code (golden/README.md) =============================================
 
 
@@ -613,8 +915,8 @@ class Golden:
         heads = {"rew": (agent.reward, "logits"), "con": (agent.cont, "logit")}
         heads |= {"val": (agent.critic, "logits"), "slowval": (agent.slow_critic, "logits")}
         for name, (head, out) in heads.items():
-            yield from mlp(f"{name}/mlp", head.mlp)
-            yield from linear(f"{name}/head/{out}", head.out)
+            yield from mlp(f"{name}/mlp", head[0])
+            yield from linear(f"{name}/head/{out}", head[1])
         yield from mlp("pol/mlp", agent.actor.mlp)
         outs = ("logits",) if self.action.nvec else ("mean", "stddev")
         for out, module in zip(outs, agent.actor.outs, strict=True):
@@ -714,7 +1016,11 @@ def test_golden_forward(path, argmax_sampling):
 
 @pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
 def test_golden_updates(path, argmax_sampling):
-    golden = Golden(path)
+    check_updates(Golden(path))
+
+
+def check_updates(golden):
+    """Losses, gradients and all weights over the file's updates."""
     agent, args, batch = golden.agent, golden.args, golden.batch()
     start = {name: p.detach().clone() for name, p in golden.names.items()}
     optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
@@ -735,3 +1041,13 @@ def test_golden_updates(path, argmax_sampling):
     for name, p in golden.names.items():
         reference = golden.convert(f"after/{name}", p.shape)
         assert (p - reference).norm() <= 2e-3 * (reference - start[name]).norm() + 1e-6, f"{name} after the updates"
+
+
+@pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
+def test_golden_updates_compiled(path, argmax_sampling, monkeypatch):
+    golden = Golden(path)
+    for owner, name in dreamerv3.COMPILED:
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # restores the plain functions afterwards
+    dreamerv3.compile_functions(golden.agent, golden.batch(), golden.args)
+    assert networks.RSSM.observe_step is not PLAIN_STEP, "fell back to eager mode"
+    check_updates(golden)
