@@ -769,7 +769,15 @@ def load_checkpoint(folder: Path) -> dict:
             continue
         except Exception as error:  # truncated, corrupt or foreign: torch raises many kinds
             print(f"warning: {path} is unreadable ({type(error).__name__}), trying the one before", flush=True)
+            os.replace(path, path.with_suffix(".unreadable"))  # it must not become the previous good one
     fail(f"--resume {folder} holds no readable checkpoint.pt; start a new run without --resume")
+
+
+def check_finite(window: list[dict[str, Tensor]], step: int, folder: Path) -> None:
+    """Stop the program when a metric of these updates is not finite."""
+    for name in window[0] if window else ():
+        if not torch.stack([metrics[name] for metrics in window]).isfinite().all():
+            sys.exit(f"dreamerv3.py: {name} is not finite at step {step}; the last good checkpoint is in {folder}")
 
 
 # === 11. Main =========================================================================================================
@@ -977,14 +985,17 @@ def main(argv: list[str] | None = None) -> None:
     first_update = args.learning_starts if len(replay) else global_step + args.learning_starts
 
     def save():
+        check_finite(window, global_step, folder)  # a broken network never replaces a good checkpoint
         state = {"args": asdict(args), "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"replay": replay.state_dict(), "capacity": capacity, "torch_rng": torch.get_rng_state()}
-        save_checkpoint(folder, state | {"global_step": global_step, "updates": updates, "owed": owed})
+        try:
+            save_checkpoint(folder, state | {"global_step": global_step, "updates": updates, "owed": owed})
+        except OSError as error:
+            print(f"warning: no checkpoint at step {global_step:,}, {error.strerror}: training goes on", flush=True)
 
     stop = Interrupt()
     progress = Progress(folder, args.total_timesteps, global_step)
-    to_compile = args.compile
-    window, updating, began = [], 0.0, (time.time(), global_step, updates)
+    to_compile, window, updating, began = args.compile, [], 0.0, (time.time(), global_step, updates)
 
     obs, _ = envs.reset(seed=args.seed + global_step)
     reward = np.zeros(args.num_envs, np.float32)
@@ -1005,7 +1016,11 @@ def main(argv: list[str] | None = None) -> None:
 
         # the environment's turn; after a last step it ignores the action and resets
         is_first = step["is_last"]
-        obs, reward, terminated, truncated, infos = envs.step(action)
+        try:
+            obs, reward, terminated, truncated, infos = envs.step(action)
+        except Exception as error:  # whatever the environment raises
+            save()
+            sys.exit(f"dreamerv3.py: {args.env_id} failed at step {global_step}, saved {folder}: {error!r}")
         for i in np.flatnonzero(infos.get("_episode", [])):
             score, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
             progress.episode(global_step, global_step * repeat, score, length)
@@ -1033,6 +1048,7 @@ def main(argv: list[str] | None = None) -> None:
         wait = "" if updates else f"collecting {first_update:,} steps before the first update"
         progress.update(global_step, updates, wait)
         if window and global_step % args.log_frequency < args.num_envs:
+            check_finite(window, global_step, folder)
             now = time.time()
             seconds = now - began[0]
             values = {name: torch.stack([m[name] for m in window]).mean().item() for name in window[0]}

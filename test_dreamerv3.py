@@ -8,8 +8,10 @@ import csv
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -818,6 +820,96 @@ def test_command_line_trains_and_leaves_its_files(flags, frames, tmp_path):
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert (state["global_step"], state["updates"]) == (total, updates) and updates > 0
     assert (folder / "model.pt").exists() == ("--save-model" in flags)
+
+
+BAD = """--size 3m | --twohot log | --replay-windows all | --precision half | --batch-size x | --nonsense 1 | --seed -1
+--batch-size 0 | --batch-length 1 | --batch-length 0 | --imagination-horizon 0 | --num-envs 0 | --num-envs -2
+--total-timesteps 0 | --total-timesteps 20 | --train-ratio 0 | --train-ratio -1 | --train-ratio nan | --train-ratio inf
+--learning-rate 0 | --learning-rate -1e-4 | --warmup-updates -1 | --clip 0 | --gamma 1 | --gamma -0.1 | --gamma nan
+--return-lambda 1.1 | --tau -0.1 | --tau 2 | --unimix 1 | --actor-unimix -1 | --bins 254 | --bins 1 | --free-nats -1
+--dyn-scale -1 | --ent-coef -1 | --image-size 60 | --image-size 32 | --image-size 512 | --action-repeat -1
+--learning-starts 10 | --learning-starts 500000 | --buffer-size 10 | --buffer-size 100 --num-envs 2
+--checkpoint-frequency -1 | --log-frequency 0 | --resume nowhere | --env-id Pnog-v5 | --env-id ALE/Pongg-v5
+--env-id CartPole-v9 | --env-id nomodule:Thing-v0"""
+
+
+@pytest.mark.parametrize("flags", [x.strip() for line in BAD.splitlines() for x in line.split("|")])
+def test_bad_input_gives_one_line_and_status_2(flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        dreamerv3.main(flags.split())
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and error.startswith("dreamerv3.py: error: ") and "\n" not in error
+    assert flags.split()[0].lstrip("-") in error.replace("_", "-") and not list(tmp_path.iterdir())
+
+
+def test_unknown_ids_name_the_closest(capsys):
+    with pytest.raises(SystemExit):
+        dreamerv3.make_env("CartPoel-v1")
+    assert "CartPole-v1" in capsys.readouterr().err
+
+
+def test_stopping_and_resuming_continues_every_counter(tmp_path):
+    """SIGTERM saves; a resumed run goes on where it stopped, refuses other flags, and survives a torn checkpoint."""
+    flags = f"{FAST} --env-id CartPole-v1 --total-timesteps 100000 --checkpoint-frequency 50"
+    command = [sys.executable, str(ROOT / "dreamerv3.py"), *flags.split()]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("runs/*/checkpoint_previous.pt")):
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    folder = run_folder(tmp_path)
+    first = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert first["global_step"] == np.load(folder / "replay" / "clock.npy")[0]
+    (folder / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:1000])
+    resume = f"--resume {folder.relative_to(tmp_path)}"
+    assert "disagrees with 4" in run(f"{resume} --batch-size 5", tmp_path).stderr
+    process = subprocess.Popen([*command[:2], *resume.split()], cwd=tmp_path, text=True, stdout=subprocess.PIPE)
+    lines = [process.stdout.readline() for _ in range(8)]
+    while not (folder / "checkpoint.pt").exists():
+        time.sleep(0.2)
+    process.kill()  # no chance to save: the steps are kept all the same
+    process.wait()
+    assert any("is unreadable" in line for line in lines)
+    assert any(f"resumed at step {first['global_step']:,}" in line for line in lines)
+    second = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert second["updates"] > first["updates"]
+    for state in (first, second):
+        expected = (state["global_step"] - 64) * 16 / (4 * 16)
+        assert state["updates"] + state["owed"] == pytest.approx(expected)
+    clock = np.load(folder / "replay" / "clock.npy")[0]
+    last, first_flag = (np.load(folder / "replay" / f"is_{k}.npy")[0, :clock] for k in ("last", "first"))
+    assert clock >= second["global_step"] and first_flag.sum() in (
+        last.sum() + 1,
+        last.sum() + 2,
+    )  # one episode was cut
+
+
+def test_the_same_state_gives_the_same_updates(tmp_path):
+    """Two copies of one checkpoint, one written to disk and read again, train on bit-identically."""
+    agent, args = make_agent(SPECS)
+    optimizer = dreamerv3.LaProp(agent.trained(), 1e-3, warmup=1)
+    batches = [make_batch(agent, seed=i) for i in range(4)]
+    for batch in batches[:2]:
+        dreamerv3.train_step(agent, optimizer, batch, args)
+    state = {"args": {}, "replay": {}, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    dreamerv3.save_checkpoint(tmp_path, state | {"rng": torch.get_rng_state()})
+    loaded = dreamerv3.load_checkpoint(tmp_path)
+    other, _ = make_agent(SPECS)
+    other_optimizer = dreamerv3.LaProp(other.trained(), 1e-3, warmup=1)
+    other.load_state_dict(loaded["agent"])
+    other_optimizer.load_state_dict(loaded["optimizer"])
+    for a, o in ((agent, optimizer), (other, other_optimizer)):
+        torch.set_rng_state(loaded["rng"])
+        for batch in batches[2:]:
+            dreamerv3.train_step(a, o, batch, args)
+    assert all(torch.equal(a, b) for a, b in zip(agent.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    window = [{"losses/recon": torch.tensor(1.0)}, {"losses/recon": torch.tensor(float("nan"))}]
+    with pytest.raises(SystemExit, match="losses/recon is not finite at step 7"):
+        dreamerv3.check_finite(window, 7, tmp_path)
 
 
 # === golden: numbers computed by the official JAX code (golden/README.md) =============================================
