@@ -981,7 +981,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
             owed += max(0, stored - max(global_step, args.learning_starts)) / update_steps
             global_step = stored
-        print(f"resumed at step {global_step:,} after {updates:,} updates, {len(replay):,} steps in the replay buffer")
+        print(
+            f"resumed at step {global_step:,} after {updates:,} updates, {len(replay):,} steps in the replay buffer",
+            flush=True,
+        )
     first_update = args.learning_starts if len(replay) else global_step + args.learning_starts
 
     def save():
