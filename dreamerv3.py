@@ -488,6 +488,7 @@ def imagine(agent: Agent, deter: Tensor, stoch: Tensor, horizon: int) -> tuple[T
         deter, stoch, feat, action = imagine_step(agent, deter, stoch, actions[-1], u[h], noise[h + 1])
         feats.append(feat)
         actions.append(action)
+    torch.clear_autocast_cache()  # some releases of torch keep weights cast without gradient in it
     return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
@@ -850,12 +851,11 @@ def choose_device(args: Args) -> torch.device:
     if args.size == "auto":
         args.size = "12m" if device.type == "cuda" else "1m"
     if args.precision == "auto":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            torch.set_float32_matmul_precision("high")
         args.precision = "bfloat16" if native else "float32"
-    torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -976,6 +976,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.load_state_dict(resumed["optimizer"])
         replay.load_state_dict(resumed["replay"])
         torch.set_rng_state(resumed["torch_rng"])
+        torch.cuda.set_rng_state_all(resumed["cuda_rng"])
         global_step, updates, owed = resumed["global_step"], resumed["updates"], resumed["owed"]
         stored = replay.now * args.num_envs
         if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
@@ -991,6 +992,7 @@ def main(argv: list[str] | None = None) -> None:
         check_finite(window, global_step, folder)  # a broken network never replaces a good checkpoint
         state = {"args": asdict(args), "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"replay": replay.state_dict(), "capacity": capacity, "torch_rng": torch.get_rng_state()}
+        state |= {"cuda_rng": torch.cuda.get_rng_state_all()}
         try:
             save_checkpoint(folder, state | {"global_step": global_step, "updates": updates, "owed": owed})
         except OSError as error:

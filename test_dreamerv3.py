@@ -355,9 +355,11 @@ def test_every_loss_flag_changes_the_loss(flag):
 # === gradients, devices, alignment ====================================================================================
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("action", [ActionSpec((3,), 3), ActionSpec((3, 2), 5), ActionSpec((), 2)])
-def test_every_parameter_receives_gradient(action):
+def test_every_parameter_receives_gradient(action, precision):
     agent, args = make_agent(SPECS, action, free_nats=0.0)
+    args.precision = precision
     for head in (agent.reward, agent.critic, agent.slow_critic):
         torch.nn.init.normal_(head[1].weight)  # outscale 0 passes nothing on at first
     dreamerv3.loss(agent, make_batch(agent), args)[0].backward()
@@ -417,6 +419,21 @@ def test_update_creates_every_tensor_on_the_right_device(action):
     obs = {key: x[:, 0] for key, x in batch["obs"].items()}
     out, _ = dreamerv3.policy(agent, obs, state, batch["is_first"][:, 0])
     assert out.shape == (2, action.size) and out.device.type == "meta"
+
+
+def test_compiled_functions_are_one_graph_each(monkeypatch):
+    """fullgraph raises on anything that would break the graph: a host sync, a data-dependent shape, a print."""
+    agent, args = make_agent(SPECS)
+    batch = make_batch(agent)
+    torch.manual_seed(1)
+    expected = dreamerv3.loss(agent, batch, args)[0]
+    agent.return_norm.lo.zero_()
+    agent.return_norm.hi.zero_()
+    for owner, name in dreamerv3.COMPILED:
+        compiled = torch.compile(getattr(owner, name), fullgraph=True, backend="eager", dynamic=False)
+        monkeypatch.setattr(owner, name, compiled)
+    torch.manual_seed(1)
+    torch.testing.assert_close(dreamerv3.loss(agent, batch, args)[0], expected)
 
 
 def test_nothing_before_a_reset_reaches_later_latents():
@@ -499,6 +516,7 @@ gym.register("DreamerTruncatedChain-v0", Chain, kwargs={"length": 5, "terminal":
 def test_alignment_on_a_chain(env_id, windows, tmp_path, monkeypatch):
     """The loop stores, and replay returns, exactly the time line drawn at the top of dreamerv3.py."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)  # Ctrl-C stays pytest's
     seen = []
     real = dreamerv3.batch_to_device
     monkeypatch.setattr(dreamerv3, "batch_to_device", lambda batch, *rest: seen.append(batch) or real(batch, *rest))
