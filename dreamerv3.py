@@ -42,7 +42,6 @@ import threading
 import time
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from functools import reduce
 from importlib import import_module
 from operator import getitem
@@ -891,36 +890,28 @@ def free_memory() -> int:
 
 
 class Progress:
-    """Episode statistics, their CSV, and a progress bar that is one line per 20 s when the output is a file."""
+    """Episode statistics, their CSV, and a progress bar, which is one line per 20 s when the output is a file."""
 
-    def __init__(self, folder: Path, total: int, step: int):
-        self.total, self.begin, self.returns = total, time.time(), []
+    def __init__(self, folder: Path, total: int, step: int, seconds: float):
+        self.begin, self.returns = time.time() - seconds, []
         new = not (folder / "episodes.csv").exists()
         self.file = open(folder / "episodes.csv", "a", buffering=1, newline="")
         self.csv = csv.writer(self.file)
         if new:
             self.csv.writerow(["global_step", "frames", "return", "length", "seconds"])
         terminal = sys.stderr.isatty()
-        layout = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {desc}" + ("" if terminal else "\n")
-        wait = 0.5 if terminal else 20
-        self.bar = tqdm(total=total, initial=step, bar_format=layout, mininterval=wait, maxinterval=wait, miniters=1)
-        self.window = [(self.begin, step)]  # recent (time, step), for the speed
+        layout = "{percentage:3.0f}% {n_fmt}/{total_fmt} steps | {rate_fmt}, {remaining} left | {desc}"
+        wait = {"mininterval": 0.5 if terminal else 20, "maxinterval": 20, "miniters": 1, "smoothing": 0.1}
+        self.bar = tqdm(total=total, initial=step, unit=" steps", bar_format=layout + "\n" * (not terminal), **wait)
 
     def episode(self, step: int, frames: int, score: float, length: int) -> None:
         self.returns = [*self.returns[-19:], score]
         self.csv.writerow([step, frames, f"{score:g}", length, f"{time.time() - self.begin:.1f}"])
 
-    def update(self, step: int, updates: int, wait: str) -> None:
-        """wait: what is still to happen before the first update, if anything."""
-        now = time.time()
-        if now - self.window[-1][0] > 2:
-            self.window = [*self.window[-15:], (now, step)]
-        begin, first = self.window[0]
-        speed = (step - first) / max(now - begin, 1e-9)
+    def update(self, step: int, updates: int, first_update: int) -> None:
         last, mean = (self.returns[-1], np.mean(self.returns)) if self.returns else (math.nan, math.nan)
-        left = wait or f"{timedelta(seconds=int((self.total - step) / max(speed, 1e-3)))} left"
-        text = f"| return last {last:.1f} mean {mean:.1f} | {updates:,} updates | {speed:.1f} steps/s | {left}"
-        self.bar.set_description_str(text, refresh=False)
+        doing = f"{updates:,} updates" if updates else f"collecting {first_update:,} steps before the first update"
+        self.bar.set_description_str(f"return last {last:.1f} mean {mean:.1f} | {doing}", refresh=False)
         self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
@@ -992,14 +983,14 @@ def main(argv: list[str] | None = None) -> None:
         check_finite(window, global_step, folder)  # a broken network never replaces a good checkpoint
         state = {"args": asdict(args), "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"replay": replay.state_dict(), "capacity": capacity, "torch_rng": torch.get_rng_state()}
-        state |= {"cuda_rng": torch.cuda.get_rng_state_all()}
+        state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "seconds": time.time() - progress.begin}
         try:
             save_checkpoint(folder, state | {"global_step": global_step, "updates": updates, "owed": owed})
         except OSError as error:
             print(f"warning: no checkpoint at step {global_step:,}, {error.strerror}: training goes on", flush=True)
 
     stop = Interrupt()
-    progress = Progress(folder, args.total_timesteps, global_step)
+    progress = Progress(folder, args.total_timesteps, global_step, resumed["seconds"] if resumed else 0.0)
     to_compile, window, updating, began = args.compile, [], 0.0, (time.time(), global_step, updates)
 
     obs, _ = envs.reset(seed=args.seed + global_step)
@@ -1050,8 +1041,7 @@ def main(argv: list[str] | None = None) -> None:
         updating += time.time() - start
 
         # log
-        wait = "" if updates else f"collecting {first_update:,} steps before the first update"
-        progress.update(global_step, updates, wait)
+        progress.update(global_step, updates, first_update)
         if window and global_step % args.log_frequency < args.num_envs:
             check_finite(window, global_step, folder)
             now = time.time()

@@ -867,6 +867,17 @@ def test_unknown_ids_name_the_closest(capsys):
     assert "CartPole-v1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "env_id, module", [("MinAtar/Breakout-v1", "minatar.gym"), ("dm_control/hopper-hop-v0", "shimmy")]
+)
+def test_missing_packages_are_named_with_the_way_to_install_them(env_id, module, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    with pytest.raises(SystemExit) as stop:
+        dreamerv3.make_env(env_id)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and env_id in error and "pip install" in error and "\n" not in error
+
+
 def test_stopping_and_resuming_continues_every_counter(tmp_path):
     """SIGTERM saves; a resumed run goes on where it stopped, refuses other flags, and survives a torn checkpoint."""
     flags = f"{FAST} --env-id CartPole-v1 --total-timesteps 100000 --checkpoint-frequency 50"
@@ -1156,7 +1167,8 @@ def check_updates(golden):
 
 
 @pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
-def test_golden_updates_compiled(path, argmax_sampling, monkeypatch):
+def test_compiled_updates_equal_the_official_ones(path, argmax_sampling, monkeypatch):
+    """About a minute each with a cold compiler cache, so not part of `-k golden`."""
     golden = Golden(path)
     for owner, name in dreamerv3.COMPILED:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # restores the plain functions afterwards
