@@ -208,7 +208,7 @@ class ActionRepeat(gym.Wrapper):
 
 
 class Adapter(gym.ObservationWrapper):
-    """Any supported environment as flat arrays. Raises ValueError for other spaces.
+    """Any supported environment as flat arrays. Raises ValueError for other spaces, and for what leaves its own.
 
     Observations become one dict, nested keys joined by "/" (a space without keys is "obs"): images uint8 (image_size,
     image_size, C), discrete spaces int32 class indices, everything else float32 (n,). Actions come as class indices
@@ -274,6 +274,15 @@ class Adapter(gym.ObservationWrapper):
         out = {}
         for key, (path, space) in self.leaves.items():
             x, spec = np.asarray(reduce(getitem, path, observation)), self.specs[key]
+            integer = x.dtype.kind in "iub"
+            if spec.classes:
+                good = integer and space.contains(x)
+            else:
+                good = x.dtype == np.uint8 if spec.is_image else integer or x.dtype.kind == "f" and np.isfinite(x).all()
+            if not good or x.shape != space.shape:
+                declared = space if spec.classes else f"finite {space.dtype} {space.shape}"
+                values = np.array2string(x.ravel(), threshold=9, max_line_width=999)
+                raise ValueError(f"observation '{key}' is declared {declared} and came as {x.dtype} {x.shape} {values}")
             if spec.is_image and x.shape[:2] != spec.shape[:2]:
                 x = cv2.resize(x, spec.shape[1::-1], interpolation=cv2.INTER_AREA)
             elif spec.classes:
@@ -282,8 +291,10 @@ class Adapter(gym.ObservationWrapper):
         return out
 
     def step(self, action: np.ndarray):
-        obs, *rest = self.env.step(self.native_action(action))
-        return self.observation(obs), *rest
+        obs, reward, *rest = self.env.step(self.native_action(action))
+        if not np.isfinite(np.float32(reward)):
+            raise ValueError(f"reward {reward} is not a finite number")
+        return self.observation(obs), reward, *rest
 
     def native_action(self, action: np.ndarray):
         """The inner environment's form of an action (components,) or (A,)."""
@@ -326,11 +337,8 @@ def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, **kwargs
         fail(f"--env-id {env_id} needs a package that is not installed ({error}); try: {install or 'pip install it'}")
     except gym.error.UnregisteredEnv as error:
         close = ", ".join(difflib.get_close_matches(name, gym.registry, 3, cutoff=0.5))
-        fail(
-            f"--env-id {env_id} is unknown: {error} "
-            + (f"Closest: {close}" if close else "See gymnasium.pprint_registry()")
-        )
-    except ValueError as error:
+        fail(f"--env-id {env_id} is unknown: {error} Closest: {close or 'see gymnasium.pprint_registry()'}")
+    except (ValueError, gym.error.Error) as error:
         fail(f"--env-id {env_id} is not supported: {error}")
 
 
@@ -346,6 +354,7 @@ def make_envs(args: Args) -> tuple[gym.vector.VectorEnv, Adapter]:
         envs = gym.vector.SyncVectorEnv([lambda: first])
     else:
         first.close()
+        gym.logger.min_level = gym.logger.ERROR + 1  # no traceback of a worker: what it raised is raised here too
         envs = gym.vector.AsyncVectorEnv([worker] * args.num_envs)
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP, "see the time line above"
     return envs, first
@@ -989,11 +998,20 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             print(f"warning: no checkpoint at step {global_step:,}, {error.strerror}: training goes on", flush=True)
 
+    def attempt(call, *inputs, **options):
+        """What the environments return; whatever they raise ends the run, saved, with one line."""
+        try:
+            return call(*inputs, **options)
+        except Exception as error:
+            save()
+            progress.close()
+            sys.exit(f"dreamerv3.py: {args.env_id} failed at step {global_step}, saved {folder}: {error!r}")
+
     stop = Interrupt()
     progress = Progress(folder, args.total_timesteps, global_step, resumed["seconds"] if resumed else 0.0)
     to_compile, window, updating, began = args.compile, [], 0.0, (time.time(), global_step, updates)
 
-    obs, _ = envs.reset(seed=args.seed + global_step)
+    obs, _ = attempt(envs.reset, seed=args.seed + global_step)
     reward = np.zeros(args.num_envs, np.float32)
     terminated = truncated = np.zeros(args.num_envs, bool)
     is_first = np.ones(args.num_envs, bool)
@@ -1012,11 +1030,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # the environment's turn; after a last step it ignores the action and resets
         is_first = step["is_last"]
-        try:
-            obs, reward, terminated, truncated, infos = envs.step(action)
-        except Exception as error:  # whatever the environment raises
-            save()
-            sys.exit(f"dreamerv3.py: {args.env_id} failed at step {global_step}, saved {folder}: {error!r}")
+        obs, reward, terminated, truncated, infos = attempt(envs.step, action)
         for i in np.flatnonzero(infos.get("_episode", [])):
             score, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
             progress.episode(global_step, global_step * repeat, score, length)
