@@ -40,8 +40,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext, redirect_stderr
-from dataclasses import asdict, dataclass, fields
+from contextlib import nullcontext, redirect_stderr, suppress
+from dataclasses import asdict, dataclass
 from functools import reduce
 from importlib import import_module
 from operator import getitem
@@ -756,30 +756,44 @@ def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Write folder/checkpoint.pt so that at every moment it or checkpoint_previous.pt is whole."""
     path, temporary = folder / "checkpoint.pt", folder / "checkpoint.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs the space
+        raise
     if path.exists():
         os.replace(path, folder / "checkpoint_previous.pt")
     os.replace(temporary, path)
 
 
-def load_checkpoint(folder: Path) -> dict:
-    """The newest readable checkpoint of a run folder, on the CPU. weights_only: a stranger's file cannot run code."""
-    if not folder.is_dir():
-        fail(f"--resume {folder} is not a run folder; give the folder runs/... that the run printed")
-    for path in (folder / "checkpoint.pt", folder / "checkpoint_previous.pt"):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            assert {"args", "agent", "optimizer", "replay"} <= state.keys()
-            return state
-        except FileNotFoundError:
+CHECKPOINT = "agent optimizer replay capacity torch_rng cuda_rng seconds global_step updates owed".split()
+
+
+def load_checkpoint(path: Path) -> tuple[Path, Args, dict]:
+    """A run folder, or a checkpoint in one -> the folder, its flags, and the newest readable checkpoint, on the CPU.
+
+    Tries the given file first. weights_only: a stranger's file cannot run code. Exits with one line when none is good.
+    """
+    folder = path.parent if path.is_file() else path
+    newest, problems = folder / "checkpoint.pt", []
+    for file in dict.fromkeys([path, newest, folder / "checkpoint_previous.pt"]):
+        if not file.is_file():
             continue
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            args, state = Args(**state["args"]), {key: state[key] for key in CHECKPOINT}
         except Exception as error:  # truncated, corrupt or foreign: torch raises many kinds
-            print(f"warning: {path} is unreadable ({type(error).__name__}), trying the one before", flush=True)
-            os.replace(path, path.with_suffix(".unreadable"))  # it must not become the previous good one
-    fail(f"--resume {folder} holds no readable checkpoint.pt; start a new run without --resume")
+            problems.append(f"{file} is unreadable ({type(error).__name__})")
+            continue
+        if problems:
+            print(f"warning: {problems[0]}, using {file.name}", flush=True)
+            if newest.exists() and file != newest:
+                os.replace(newest, newest.with_suffix(".unreadable"))  # it must not become the previous good one
+        return folder, args, state
+    fail(f"--resume {path} holds no good checkpoint: {', '.join(problems) or 'give the folder runs/... of a run'}")
 
 
 def check_finite(window: list[dict[str, Tensor]], step: int, folder: Path) -> None:
@@ -807,20 +821,20 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
 
     args, state = parse(Args()), None
     if args.resume:
-        state = load_checkpoint(Path(args.resume))
-        stored = Args(**state["args"])
-        given = parse(stored)
+        folder, stored, state = load_checkpoint(Path(args.resume))
+        args = parse(stored)
+        args.resume = str(folder)
         free = {"resume", "total_timesteps", "checkpoint_frequency", "log_frequency", "compile", "cuda", "save_model"}
-        for name in {field.name for field in fields(Args)} - free:
-            old, new = getattr(stored, name), getattr(given, name)
-            if new not in (old, "auto"):
+        for name, old in asdict(stored).items():
+            new = getattr(args, name)
+            if name not in free and new not in (old, "auto"):
                 flag = f"--{name.replace('_', '-')}"
                 fail(f"{flag} {new} disagrees with {old} of the run to resume; leave it out or start a new run")
-            setattr(given, name, old)
-        old, new = stored.total_timesteps, given.total_timesteps
+            if name not in free:
+                setattr(args, name, old)
+        old, new = stored.total_timesteps, args.total_timesteps
         if new < old:
             fail(f"--total-timesteps {new} is less than the {old} of the run to resume; it may only grow")
-        args = given
     check_args(args)
     return args, state
 
@@ -830,31 +844,28 @@ def check_args(args: Args) -> None:
     positive = "total_timesteps num_envs batch_size learning_rate train_ratio log_frequency imagination_horizon clip"
     natural = "seed action_repeat warmup_updates learning_starts checkpoint_frequency ent_coef free_nats pred_scale"
     natural += " dyn_scale rep_scale slow_critic_scale replay_critic_scale"
-    low = dict.fromkeys(positive.split(), (0, False)) | dict.fromkeys(natural.split(), (0, True))
-    low |= {"batch_length": (2, True), "bins": (3, True)}
-    for name, (limit, inclusive) in low.items():
-        value = getattr(args, name)
-        if not (value >= limit if inclusive else value > limit) or value == float("inf"):
-            fail(f"--{name.replace('_', '-')} {value} must be {'at least' if inclusive else 'more than'} {limit}")
-    for name in ("gamma", "unimix", "actor_unimix", "return_lambda", "tau"):
-        value, closed = getattr(args, name), name in ("return_lambda", "tau")
-        if not (0 <= value < 1 or value == closed == 1):
-            fail(f"--{name.replace('_', '-')} {value} must lie in [0, 1{']' if closed else ')'}")
-    if args.bins % 2 == 0:
-        fail(f"--bins {args.bins} must be odd, so that one bin is exactly 0")
-    if args.image_size % 16 or not 48 <= args.image_size <= 256:
-        fail(f"--image-size {args.image_size} must be a multiple of 16 from 48 to 256")
-    if args.learning_starts > args.total_timesteps:
-        fail(f"--learning-starts {args.learning_starts} must not exceed --total-timesteps {args.total_timesteps}")
-    need = (args.batch_length + 1) * args.num_envs
-    for name in ("buffer_size", "total_timesteps", "learning_starts"):
-        if getattr(args, name) < need:
-            why = "(--batch-length + 1) * --num-envs, one window per environment"
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {need}: {why}")
+    window, batch = (args.batch_length + 1) * args.num_envs, args.batch_size * args.batch_length
+    per_env = f"{window}, (--batch-length + 1) * --num-envs, one window per environment"
+    rules = [
+        (positive, lambda x: 0 < x < math.inf, "more than 0"),
+        (natural, lambda x: 0 <= x < math.inf, "at least 0"),
+        ("batch_length", lambda x: x >= 2, "at least 2"),
+        ("gamma unimix actor_unimix", lambda x: 0 <= x < 1, "in [0, 1)"),
+        ("return_lambda tau", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ("bins", lambda x: x >= 3 and x % 2, "odd, so that one bin is exactly 0, and at least 3"),
+        ("image_size", lambda x: x % 16 == 0 and 48 <= x <= 256, "a multiple of 16 from 48 to 256"),
+        ("learning_starts", lambda x: x <= args.total_timesteps, f"at most --total-timesteps {args.total_timesteps}"),
+        ("buffer_size total_timesteps learning_starts", lambda x: x >= window, f"at least {per_env}"),
+        ("buffer_size", lambda x: x >= batch, f"at least {batch}, --batch-size * --batch-length, one batch"),
+    ]
+    for names, good, limit in rules:
+        for name in names.split():
+            if not good(getattr(args, name)):
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be {limit}")
 
 
 def choose_device(args: Args) -> torch.device:
-    """The device; resolves the `auto` flags for it and sets torch's switches."""
+    """The device, which it prints; resolves the `auto` flags for it and sets torch's switches."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.size == "auto":
         args.size = "12m" if device.type == "cuda" else "1m"
@@ -864,6 +875,9 @@ def choose_device(args: Args) -> torch.device:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             torch.set_float32_matmul_precision("high")
         args.precision = "bfloat16" if native else "float32"
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else f" ({torch.cuda.get_device_name()})"
+    absent = ", CUDA is not available" if args.cuda and device.type == "cpu" else ""
+    print(f"device: {device}{threads}, {args.precision}, {'compiled' if args.compile else 'eager'}{absent}")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -871,23 +885,37 @@ def choose_device(args: Args) -> torch.device:
     return device
 
 
-def make_replay(args: Args, agent: Agent, folder: Path, capacity: int) -> Replay:
-    """The replay buffer of a run, in its folder or in RAM; exits with one line when it does not fit."""
-    layout = {f"obs/{key}": (spec.shape, spec.dtype) for key, spec in agent.specs.items()}
-    action = agent.action
+def existing(folder: Path) -> Path:
+    """The folder, or the closest one above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def make_replay(args: Args, adapter: Adapter, folder: Path, capacity: int) -> Replay:
+    """The replay buffer of a run, in its folder or in RAM; makes the folder.
+
+    Exits with one line, leaving nothing behind, when the buffer does not fit or the folder cannot be written.
+    """
+    size, action = SIZES[args.size], adapter.action_spec
+    layout = {f"obs/{key}": (spec.shape, spec.dtype) for key, spec in adapter.specs.items()}
     layout["action"] = ((len(action.nvec),), np.int32) if action.nvec else ((action.size,), np.float32)
-    layout["reward"] = ((), np.float32)
-    layout["deter"] = ((agent.size.deter,), np.float16)
-    layout["stoch"] = ((agent.size.groups,), np.uint8)
-    size = Replay.bytes_per_step(layout)
+    layout |= {"reward": ((), np.float32), "deter": ((size.deter,), np.float16), "stoch": ((size.groups,), np.uint8)}
+    step = Replay.bytes_per_step(layout)
     where = folder / "replay" if args.persist_replay else None
-    free = shutil.disk_usage(folder).free if where else free_memory()
+    free = shutil.disk_usage(existing(folder)).free if where else free_memory()
     kind = "disk" if where else "memory"
-    print(f"replay: {capacity:,} steps take {capacity * size / 1e9:.2f} GB of {free / 1e9:.1f} GB free {kind}")
-    if not (where and where.exists()) and capacity * size > 0.8 * free:
-        most = int(0.8 * free / size)
+    print(f"replay: {capacity:,} steps take {capacity * step / 1e9:.2f} GB of {free / 1e9:.1f} GB free {kind}")
+    if not (where and where.exists()) and capacity * step > 0.8 * free:
+        most = int(0.8 * free / step)
         fail(f"the replay buffer would take more than 80 % of what is free; --buffer-size {most} or less would fit")
-    return Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, args.seed, where)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, args.seed, where)
+    except (OSError, ValueError, EOFError) as error:
+        if not args.resume:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                os.removedirs(folder.parent)  # those that are empty
+        fail(f"cannot keep the replay buffer in {folder}: {error}")
 
 
 def free_memory() -> int:
@@ -947,45 +975,44 @@ def main(argv: list[str] | None = None) -> None:
     """Train: act, store, step, update, log, checkpoint."""
     args, resumed = parse_args(argv)
     device = choose_device(args)
+    folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    parent = existing(folder)
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        fail(f"cannot write the run folder {folder}: {parent} is not a writable folder; start from one that is")
     envs, adapter = make_envs(args)
     specs, action_spec, repeat = adapter.specs, adapter.action_spec, adapter.repeat
-    folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writer = SummaryWriter(folder)
-    except OSError as error:
-        fail(f"cannot write the run folder {folder}: {error.strerror}; start from a folder that is writable")
-
-    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else f" ({torch.cuda.get_device_name()})"
-    print(f"device: {device}{threads}, {args.precision}, {'compiled' if args.compile else 'eager'}")
+    capacity = resumed["capacity"] if resumed else min(args.buffer_size, args.total_timesteps)
+    replay = make_replay(args, adapter, folder, capacity)
+    writer = SummaryWriter(folder)
     agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
     optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
     counts = {name: sum(p.numel() for p in net.parameters()) for name, net in agent.named_children()}
     parts = " · ".join(f"{name} {n:,}" for name, n in counts.items() if n and name != "slow_critic")
     print(f"environment: {args.env_id}, {specs} -> {action_spec}")
     print(f"size: {args.size}, {sum(p.numel() for p in agent.trained()):,} parameters: {parts}")
-    capacity = resumed["capacity"] if resumed else min(args.buffer_size, args.total_timesteps)
-    replay = make_replay(args, agent, folder, capacity)
     update_steps = args.batch_size * args.batch_length / args.train_ratio  # agent steps per update
     print(f"schedule: 1 update every {update_steps:g} agent steps, after the first {args.learning_starts:,}")
     print(f"run folder: {folder}", flush=True)
 
     global_step, updates, owed = 0, 0, 0.0
     if resumed:
-        agent.load_state_dict(resumed["agent"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        replay.load_state_dict(resumed["replay"])
+        try:
+            agent.load_state_dict(resumed["agent"])
+            optimizer.load_state_dict(resumed["optimizer"])
+            replay.load_state_dict(resumed["replay"])
+        except (KeyError, RuntimeError, ValueError) as error:  # torch names the tensors
+            fail(f"--resume {folder} belongs to other spaces or another size: {str(error)[:300]}")
         torch.set_rng_state(resumed["torch_rng"])
-        torch.cuda.set_rng_state_all(resumed["cuda_rng"])
+        torch.cuda.set_rng_state_all(resumed["cuda_rng"][: torch.cuda.device_count()])
         global_step, updates, owed = resumed["global_step"], resumed["updates"], resumed["owed"]
         stored = replay.now * args.num_envs
         if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
             owed += max(0, stored - max(global_step, args.learning_starts)) / update_steps
             global_step = stored
-        print(
-            f"resumed at step {global_step:,} after {updates:,} updates, {len(replay):,} steps in the replay buffer",
-            flush=True,
-        )
+        kept = f"{len(replay):,} steps in the replay buffer"
+        if not len(replay):
+            kept = f"WITHOUT a replay buffer: collecting {args.learning_starts:,} steps before the next update"
+        print(f"resumed at step {global_step:,} after {updates:,} updates, {kept}", flush=True)
     first_update = args.learning_starts if len(replay) else global_step + args.learning_starts
 
     def save():
@@ -995,8 +1022,8 @@ def main(argv: list[str] | None = None) -> None:
         state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "seconds": time.time() - progress.begin}
         try:
             save_checkpoint(folder, state | {"global_step": global_step, "updates": updates, "owed": owed})
-        except OSError as error:
-            print(f"warning: no checkpoint at step {global_step:,}, {error.strerror}: training goes on", flush=True)
+        except (OSError, RuntimeError) as error:  # a full disk may be either in torch.save
+            print(f"warning: no checkpoint at step {global_step:,}, {error}: training goes on", flush=True)
 
     def attempt(call, *inputs, **options):
         """What the environments return; whatever they raise ends the run, saved, with one line."""
@@ -1005,7 +1032,9 @@ def main(argv: list[str] | None = None) -> None:
         except Exception as error:
             save()
             progress.close()
-            sys.exit(f"dreamerv3.py: {args.env_id} failed at step {global_step}, saved {folder}: {error!r}")
+            envs.closed = True  # closing what is broken may fail again; worker processes end with this one
+            why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'its process is gone'}"
+            sys.exit(f"dreamerv3.py: {args.env_id} failed at step {global_step}, saved {folder}: {why}")
 
     stop = Interrupt()
     progress = Progress(folder, args.total_timesteps, global_step, resumed["seconds"] if resumed else 0.0)

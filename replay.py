@@ -7,6 +7,7 @@ by training.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ class Replay:
     "stoch" among them; observation keys start with "obs/", the flags come by themselves. length: T, steps per sampled
     sequence. windows: "episode" keeps a sequence inside one episode, starting short ones over; "stream" takes T
     consecutive steps of one environment. folder: where memory-mapped files keep the steps between runs; None: in RAM.
-    Raises ValueError when the capacity cannot hold one window per environment.
+    Raises ValueError when the capacity cannot hold one window per environment or the files are of another buffer, and
+    OSError, leaving no files behind, when there is no room for them: their space is reserved here.
     """
 
     def __init__(self, capacity, num_envs, fields, length, windows="episode", seed=0, folder: Path | None = None):
@@ -33,10 +35,15 @@ class Replay:
         self.slots = self.kept + 1  # the slot being written is never read: a killed writer leaves no torn step behind
         self.length, self.windows, self.num_envs = length, windows, num_envs
         self.rng = np.random.default_rng(seed)
-        self.data = {}
-        for name, (shape, dtype) in {**fields, **FLAGS, "clock": ((), np.int64)}.items():
-            shape = (1,) if name == "clock" else (num_envs, self.slots, *shape)
-            self.data[name] = self._allocate(name, shape, dtype, folder)
+        shapes = {name: ((num_envs, self.slots, *shape), dtype) for name, (shape, dtype) in {**fields, **FLAGS}.items()}
+        shapes["clock"] = ((1,), np.int64)  # the last file made: without it a folder holds nothing
+        new = folder and not (folder / "clock.npy").exists()
+        try:
+            self.data = {name: self._allocate(name, *what, folder, new) for name, what in shapes.items()}
+        except OSError:
+            if new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         self.clock = self.data.pop("clock")  # (1,) complete steps per environment: the one number that commits a step
         self.unused = np.zeros(num_envs, np.int64)  # steps since the last online window
         self.online = {}  # environment -> first step of its newest complete window, not yet sampled
@@ -167,13 +174,17 @@ class Replay:
             self.end[env, number % self.slots] = time + 1  # the last of equal indices stays
 
     @staticmethod
-    def _allocate(name: str, shape: tuple, dtype, folder: Path | None) -> np.ndarray:
+    def _allocate(name: str, shape: tuple, dtype, folder: Path | None, new: bool) -> np.ndarray:
         if folder is None:
             return np.zeros(shape, dtype)
         path = folder / f"{name.replace('/', '.')}.npy"
-        if not path.exists():
+        if new:
             os.makedirs(folder, exist_ok=True)
-            return np.lib.format.open_memmap(path, "w+", dtype, shape)
+            array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk must be an error here, not a SIGBUS at some later step
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            return array
         array = np.lib.format.open_memmap(path, "r+")
         if array.shape != shape or array.dtype != np.dtype(dtype):
             raise ValueError(f"{path} holds {array.dtype} {array.shape}, this run needs {np.dtype(dtype)} {shape}")
