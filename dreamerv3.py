@@ -28,7 +28,6 @@ normalization · 7 actor and critic losses · 8 optimizer · 9 update · 10 chec
 """
 
 import copy
-import csv
 import difflib
 import io
 import math
@@ -826,15 +825,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
         args.resume = str(folder)
         free = {"resume", "total_timesteps", "checkpoint_frequency", "log_frequency", "compile", "cuda", "save_model"}
         for name, old in asdict(stored).items():
-            new = getattr(args, name)
-            if name not in free and new not in (old, "auto"):
-                flag = f"--{name.replace('_', '-')}"
-                fail(f"{flag} {new} disagrees with {old} of the run to resume; leave it out or start a new run")
+            flag, new = f"--{name.replace('_', '-')}", getattr(args, name)
             if name not in free:
+                if new not in (old, "auto"):
+                    fail(f"{flag} {new} disagrees with {old} of the run to resume; leave it out or start a new run")
                 setattr(args, name, old)
-        old, new = stored.total_timesteps, args.total_timesteps
-        if new < old:
-            fail(f"--total-timesteps {new} is less than the {old} of the run to resume; it may only grow")
+            elif name == "total_timesteps" and new < old:
+                fail(f"{flag} {new} is less than the {old} of the run to resume; it may only grow")
     check_args(args)
     return args, state
 
@@ -927,23 +924,35 @@ def free_memory() -> int:
 
 
 class Progress:
-    """Episode statistics, their CSV, and a progress bar, which is one line per 20 s when the output is a file."""
+    """Records in TensorBoard and episodes.csv, and a progress bar: a line per 20 s when the output is a file.
+
+    A disk that takes no more records costs the records, not the run.
+    """
 
     def __init__(self, folder: Path, total: int, step: int, seconds: float):
-        self.begin, self.returns = time.time() - seconds, []
-        new = not (folder / "episodes.csv").exists()
-        self.file = open(folder / "episodes.csv", "a", buffering=1, newline="")
-        self.csv = csv.writer(self.file)
-        if new:
-            self.csv.writerow(["global_step", "frames", "return", "length", "seconds"])
+        self.begin, self.returns, self.lost, self.writer = time.time() - seconds, [], False, SummaryWriter(folder)
+        self.file = open(folder / "episodes.csv", "a", buffering=1)
+        if not self.file.tell():
+            self.file.write("global_step,frames,return,length,seconds\n")
         terminal = sys.stderr.isatty()
         layout = "{percentage:3.0f}% {n_fmt}/{total_fmt} steps | {rate_fmt}, {remaining} left | {desc}"
         wait = {"mininterval": 0.5 if terminal else 20, "maxinterval": 20, "miniters": 1, "smoothing": 0.1}
         self.bar = tqdm(total=total, initial=step, unit=" steps", bar_format=layout + "\n" * (not terminal), **wait)
 
+    def record(self, step: int, values: dict[str, float], row: str = "") -> None:
+        try:
+            self.file.write(row)
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+        except OSError as error:
+            if not self.lost:
+                print(f"warning: nothing is recorded from step {step:,} on, {error}: training goes on", flush=True)
+            self.lost = True
+
     def episode(self, step: int, frames: int, score: float, length: int) -> None:
         self.returns = [*self.returns[-19:], score]
-        self.csv.writerow([step, frames, f"{score:g}", length, f"{time.time() - self.begin:.1f}"])
+        row = f"{step},{frames},{score:g},{length},{time.time() - self.begin:.1f}\n"
+        self.record(step, {"charts/episodic_return": score, "charts/episodic_length": length}, row)
 
     def update(self, step: int, updates: int, first_update: int) -> None:
         last, mean = (self.returns[-1], np.mean(self.returns)) if self.returns else (math.nan, math.nan)
@@ -953,7 +962,9 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        with suppress(OSError):
+            self.writer.close()
+            self.file.close()
 
 
 class Interrupt:
@@ -983,7 +994,6 @@ def main(argv: list[str] | None = None) -> None:
     specs, action_spec, repeat = adapter.specs, adapter.action_spec, adapter.repeat
     capacity = resumed["capacity"] if resumed else min(args.buffer_size, args.total_timesteps)
     replay = make_replay(args, adapter, folder, capacity)
-    writer = SummaryWriter(folder)
     agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
     optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
     counts = {name: sum(p.numel() for p in net.parameters()) for name, net in agent.named_children()}
@@ -1063,8 +1073,6 @@ def main(argv: list[str] | None = None) -> None:
         for i in np.flatnonzero(infos.get("_episode", [])):
             score, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
             progress.episode(global_step, global_step * repeat, score, length)
-            writer.add_scalar("charts/episodic_return", score, global_step)
-            writer.add_scalar("charts/episodic_length", length, global_step)
 
         # train what is owed
         start = time.time()
@@ -1094,8 +1102,7 @@ def main(argv: list[str] | None = None) -> None:
             values |= {"charts/updates_per_second": (updates - began[2]) / seconds}
             values |= {"charts/frames": global_step * repeat, "charts/time_share_update": updating / seconds}
             values |= {"charts/train_ratio": updates * args.batch_size * args.batch_length / global_step}
-            for name, value in values.items():
-                writer.add_scalar(name, value, global_step)
+            progress.record(global_step, values)
             window, updating, began = [], 0.0, (now, global_step, updates)
         if args.checkpoint_frequency and global_step % args.checkpoint_frequency < args.num_envs:
             save()
@@ -1105,7 +1112,6 @@ def main(argv: list[str] | None = None) -> None:
         torch.save({"args": asdict(args), "agent": agent.state_dict()}, folder / "model.pt")
     progress.close()
     envs.close()
-    writer.close()
     if stop.code:
         print(f"stopped at step {global_step:,}; go on with: python dreamerv3.py --resume {folder}")
     sys.exit(stop.code)
