@@ -5,6 +5,7 @@
 
 import ast
 import csv
+import errno
 import math
 import os
 import re
@@ -512,21 +513,33 @@ gym.register("DreamerChain-v0", Chain, kwargs={"length": 5})
 gym.register("DreamerTruncatedChain-v0", Chain, kwargs={"length": 5, "terminal": False})
 
 
-@pytest.mark.parametrize("env_id", ["DreamerChain-v0", "DreamerTruncatedChain-v0"])
-@pytest.mark.parametrize("windows", ["episode", "stream"])
-def test_alignment_on_a_chain(env_id, windows, tmp_path, monkeypatch):
-    """The loop stores, and replay returns, exactly the time line drawn at the top of dreamerv3.py."""
+QUICK = "--no-compile --batch-size 4 --batch-length 8 --train-ratio 16 --imagination-horizon 2 --size 1m"
+QUICK += " --precision float32 --learning-starts 40"
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """The program in this process, its model tiny and its folder tmp_path: flags -> what it exits with."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *args: None)  # Ctrl-C stays pytest's
+    monkeypatch.setitem(dreamerv3.SIZES, "1m", TINY)
+
+    def main(flags: str):
+        with pytest.raises(SystemExit) as stop:
+            dreamerv3.main(flags.split())
+        return stop.value.code
+
+    return main
+
+
+@pytest.mark.parametrize("env_id", ["DreamerChain-v0", "DreamerTruncatedChain-v0"])
+@pytest.mark.parametrize("windows", ["episode", "stream"])
+def test_alignment_on_a_chain(env_id, windows, program, monkeypatch):
+    """The loop stores, and replay returns, exactly the time line drawn at the top of dreamerv3.py."""
     seen = []
     real = dreamerv3.batch_to_device
     monkeypatch.setattr(dreamerv3, "batch_to_device", lambda batch, *rest: seen.append(batch) or real(batch, *rest))
-    monkeypatch.setitem(dreamerv3.SIZES, "1m", TINY)
-    flags = f"--env-id {env_id} --replay-windows {windows} --total-timesteps 90 --learning-starts 40 --no-compile"
-    flags += " --batch-size 4 --batch-length 8 --train-ratio 16 --imagination-horizon 2 --size 1m --precision float32"
-    with pytest.raises(SystemExit) as stop:
-        dreamerv3.main(flags.split())
-    assert not stop.value.code and len(seen) == 25
+    assert not program(f"{QUICK} --env-id {env_id} --replay-windows {windows} --total-timesteps 90") and len(seen) == 25
     for batch in seen:
         x, r = batch["obs/obs"][..., 0], batch["reward"]
         assert ((batch["is_first"]) >= (x == 0)).all()  # a reset shows position 0; a row may also start over elsewhere
@@ -746,6 +759,40 @@ def test_adapter_names_what_it_does_not_support():
         dreamerv3.Adapter(Everything(spaces.Dict({"a": spaces.Discrete(2)})), 64)
 
 
+@pytest.mark.parametrize(
+    "key, outside",
+    [
+        ("camera", {"camera": np.zeros((20, 30, 1), np.float32)}),
+        ("camera", {"camera": np.zeros((30, 20, 1), np.uint8)}),
+        ("tuple/0", {"tuple": (8, np.zeros(4, np.int8))}),
+        ("tuple/0", {"tuple": (5.5, np.zeros(4, np.int8))}),
+        ("tuple/1", {"tuple": (5, np.array([0, 1, 2, 0]))}),
+        ("deep/multi", {"deep": {"multi": np.array([2, 0]), "bool": True}}),
+        ("deep/bool", {"deep": {"multi": np.array([1, 6]), "bool": None}}),
+        ("double", {"double": np.array([[0, np.nan], [0, 0]])}),
+        ("double", {"double": np.array([[0, 0], [-np.inf, 0]])}),
+        ("double", {"double": np.zeros(4)}),
+        ("double", {"double": np.array([["a", "b"], ["c", "d"]])}),
+    ],
+)
+def test_observations_that_leave_their_space_are_refused(key, outside):
+    env = dreamerv3.Adapter(Everything(), 48)
+    inside = env.env.observation_space.sample()
+    assert env.observation(inside).keys() == env.specs.keys()
+    with pytest.raises(ValueError, match=f"observation '{key}' is declared .* came as"):
+        env.observation(inside | outside)
+
+
+@pytest.mark.parametrize("reward", [math.nan, -math.inf, None])
+def test_rewards_must_be_finite_numbers(reward):
+    inner = Chain()
+    env = dreamerv3.Adapter(inner, 48)
+    env.reset()
+    inner.step = lambda action: (np.zeros(1), reward, False, False, {})
+    with pytest.raises(ValueError, match=f"reward {reward} is not a finite number"):
+        env.step(np.array([0]))
+
+
 @pytest.mark.parametrize("env_id, sticky", [("ALE/Pong-v5", 0.25), ("PongNoFrameskip-v4", 0.0)])
 def test_atari_skips_frames_exactly_once(env_id, sticky):
     env = dreamerv3.make_env(env_id)
@@ -848,18 +895,46 @@ BAD = """--size 3m | --twohot log | --replay-windows all | --precision half | --
 --return-lambda 1.1 | --tau -0.1 | --tau 2 | --unimix 1 | --actor-unimix -1 | --bins 254 | --bins 1 | --free-nats -1
 --dyn-scale -1 | --ent-coef -1 | --image-size 60 | --image-size 32 | --image-size 512 | --action-repeat -1
 --learning-starts 10 | --learning-starts 500000 | --buffer-size 10 | --buffer-size 100 --num-envs 2
---checkpoint-frequency -1 | --log-frequency 0 | --resume nowhere | --env-id Pnog-v5 | --env-id ALE/Pongg-v5
---env-id CartPole-v9 | --env-id nomodule:Thing-v0"""
+--clip -1 | --ent-coef nan | --replay-critic-scale -1 | --buffer-size 500 | --batch-size 2.5 | --free-nats inf
+--checkpoint-frequency -1 | --log-frequency 0 | --resume nowhere | --env-id bad! | --env-id Taxi-v3
+--env-id Pnog-v5 | --env-id ALE/Pongg-v5
+--env-id CartPole-v9 | --env-id nomodule:Thing-v0"""  # Taxi-v3 is deprecated
 
 
 @pytest.mark.parametrize("flags", [x.strip() for line in BAD.splitlines() for x in line.split("|")])
-def test_bad_input_gives_one_line_and_status_2(flags, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        dreamerv3.main(flags.split())
+def test_bad_input_gives_one_line_and_status_2(flags, program, capsys, tmp_path, monkeypatch):
+    if "--env-id" not in flags:
+        monkeypatch.setattr(dreamerv3, "make_env", None)  # refused before any environment is made
+    assert program(flags) == 2
     error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and error.startswith("dreamerv3.py: error: ") and "\n" not in error
+    assert error.startswith("dreamerv3.py: error: ") and "\n" not in error
     assert flags.split()[0].lstrip("-") in error.replace("_", "-") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--exp-name file", "cannot write the run folder"),
+        (f"--exp-name {'x' * 300}", "File name too long"),
+        ("--total-timesteps 10000000000000 --buffer-size 10000000000000", "80 %.*--buffer-size"),
+        ("--total-timesteps 10000000000000 --buffer-size 10000000000000 --no-persist-replay", "80 %.*--buffer-size"),
+        ("--exp-name full", "No space left"),
+    ],
+)
+def test_a_start_without_room_leaves_nothing_behind(flags, words, program, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(dreamerv3, "Agent", None)  # refused before any model is made
+    if "file" in flags:
+        (tmp_path / "runs").touch()
+    if "full" in flags:
+
+        def reserve(file, start, size):
+            if size < 150:  # the clock, made last
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "posix_fallocate", reserve)
+    assert program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 100 {flags}") == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(words, error) and "\n" not in error and not [x for x in tmp_path.iterdir() if x.is_dir()]
 
 
 def test_unknown_ids_name_the_closest(capsys):
