@@ -6,9 +6,12 @@
 import ast
 import csv
 import errno
+import gc
+import io
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -871,7 +874,14 @@ def test_command_line_trains_and_leaves_its_files(flags, frames, tmp_path):
     flags = f"{FAST} {flags}"
     done = run(flags, tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("device: cpu", "parameters: encoder", "GB free", "1 update every", "run folder: runs/"):
+    for word in (
+        "device: cpu",
+        "parameters: encoder",
+        "CUDA is not available",
+        "GB free",
+        "1 update every",
+        "run folder: runs/",
+    ):
         assert word in done.stdout
     folder = run_folder(tmp_path)
     with open(folder / "episodes.csv", newline="") as file:
@@ -999,18 +1009,164 @@ def test_the_same_state_gives_the_same_updates(tmp_path):
     batches = [make_batch(agent, seed=i) for i in range(4)]
     for batch in batches[:2]:
         dreamerv3.train_step(agent, optimizer, batch, args)
-    state = {"args": {}, "replay": {}, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    dreamerv3.save_checkpoint(tmp_path, state | {"rng": torch.get_rng_state()})
-    loaded = dreamerv3.load_checkpoint(tmp_path)
+    state = dict.fromkeys(dreamerv3.CHECKPOINT) | {"args": {}, "torch_rng": torch.get_rng_state()}
+    state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    dreamerv3.save_checkpoint(tmp_path, state)
+    _, _, loaded = dreamerv3.load_checkpoint(tmp_path)
     other, _ = make_agent(SPECS)
     other_optimizer = dreamerv3.LaProp(other.trained(), 1e-3, warmup=1)
     other.load_state_dict(loaded["agent"])
     other_optimizer.load_state_dict(loaded["optimizer"])
     for a, o in ((agent, optimizer), (other, other_optimizer)):
-        torch.set_rng_state(loaded["rng"])
+        torch.set_rng_state(loaded["torch_rng"])
         for batch in batches[2:]:
             dreamerv3.train_step(a, o, batch, args)
     assert all(torch.equal(a, b) for a, b in zip(agent.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+class Faulty(Chain):
+    """Fails at its first reset, or in its 50th step by an observation outside its space or by dying."""
+
+    def __init__(self, fault: str):
+        super().__init__()
+        self.fault, self.steps = fault, 0
+
+    def reset(self, seed=None, options=None):
+        assert self.fault != "reset", "two\nlines"
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 50 and self.fault == "dies":
+            os._exit(1)
+        obs, *rest = super().step(action)
+        return obs * (np.nan if self.steps == 50 else 1), *rest
+
+
+for fault in ("reset", "nan", "dies"):
+    gym.register(f"Dreamer-{fault}-v0", Faulty, kwargs={"fault": fault}, order_enforce=False)
+
+
+@pytest.mark.parametrize(
+    "fault, envs, words, steps",
+    [
+        ("nan", 1, "ValueError: observation 'obs' is declared .* came as .*nan", 59),
+        ("nan", 2, "ValueError: observation 'obs' is declared .* came as .*nan", 59),
+        ("dies", 2, "EOFError: its process is gone", 59),
+        ("reset", 1, "AssertionError: two lines", 0),
+        ("reset", 2, "AssertionError: two lines", 0),
+    ],
+)
+def test_an_environment_that_fails_ends_the_run_saved_with_one_line(fault, envs, words, steps, program, capfd):
+    message = program(f"{QUICK} --env-id Dreamer-{fault}-v0 --num-envs {envs} --total-timesteps 200")
+    assert re.fullmatch(
+        f"dreamerv3.py: Dreamer-{fault}-v0 failed at step {steps * envs}, saved runs/.*: {words}.*", message
+    )
+    assert "Traceback" not in capfd.readouterr().err
+    folder = run_folder(Path.cwd())
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == steps * envs
+    assert np.load(folder / "replay" / "clock.npy")[0] == steps
+
+
+CHAIN = f"{QUICK} --env-id DreamerChain-v0 --buffer-size 60"
+
+
+def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(program, tmp_path):
+    """Both start an episode after step 60, so that the environments agree; weights, counters and replay do too."""
+    assert not program(f"{CHAIN} --exp-name unbroken --total-timesteps 91")
+    assert not program(f"{CHAIN} --exp-name broken --total-timesteps 60")
+    broken, unbroken = (next(tmp_path.glob(f"runs/*__{name}__*")) for name in ("broken", "unbroken"))
+    assert not program(f"--resume {broken} --total-timesteps 91")
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (broken, unbroken))
+    assert a["updates"] == b["updates"] == 25 and a["owed"] == b["owed"] == 0.5
+    assert all(torch.equal(a["agent"][name], b["agent"][name]) for name in b["agent"])
+    for file in (unbroken / "replay").iterdir():
+        assert file.read_bytes() == (broken / "replay" / file.name).read_bytes(), file.name
+
+
+def test_resume_takes_a_checkpoint_file_and_falls_back_to_a_good_one(program, capsys):
+    program(f"{CHAIN} --total-timesteps 60 --checkpoint-frequency 50")
+    folder = run_folder(Path.cwd())
+    newest, previous, foreign = (folder / f"{name}.pt" for name in ("checkpoint", "checkpoint_previous", "foreign"))
+    good, old = newest.read_bytes(), previous.read_bytes()
+    torch.save({"model": torch.zeros(3)}, foreign)
+    capsys.readouterr()
+
+    def resume(path) -> str:
+        code = program(f"--resume {path}")
+        out, error = capsys.readouterr()
+        assert code in (0, 2) and (not code or (len(error.splitlines()) == 1 and "resumed" not in out)), error
+        return error if code else out
+
+    assert "resumed at step 60 after 5 updates" in resume(previous)
+    newest.write_bytes(good)
+    previous.write_bytes(old)
+    out = resume(foreign)
+    assert "foreign.pt is unreadable (KeyError), using checkpoint.pt" in out and "after 10 updates" in out
+    newest.write_bytes(foreign.read_bytes())
+    previous.write_bytes(old)
+    assert "checkpoint.pt is unreadable (KeyError), using checkpoint_previous.pt" in resume(folder)
+    assert foreign.exists() and (folder / "checkpoint.unreadable").exists()
+    for file in (newest, previous):
+        file.write_bytes(good[:500])
+    assert "holds no good checkpoint" in resume(folder) and newest.exists()
+    state = torch.load(io.BytesIO(good), weights_only=True)
+    torch.save(state | {"args": state["args"] | {"env_id": "CartPole-v1"}}, newest)
+    assert "obs.obs.npy holds float32 (1, 61, 1), this run needs float32 (1, 61, 4)" in resume(folder)
+    state["agent"].pop("reward.0.0.0.weight")
+    torch.save(state, newest)
+    assert "belongs to other spaces or another size: Error(s) in loading" in resume(folder)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(program, capsys, monkeypatch):
+    """The second and later checkpoints meet a real limit of the file size, in the middle of their file."""
+    save, limits = dreamerv3.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(folder, state):
+        if state["global_step"] > 50:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            save(folder, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(dreamerv3, "save_checkpoint", limited)
+    assert not program(f"{CHAIN} --total-timesteps 110 --checkpoint-frequency 50")
+    assert capsys.readouterr().out.count("warning: no checkpoint at step 1") == 2
+    folder = run_folder(Path.cwd())
+    assert (folder / "checkpoint.pt").stat().st_size > 100_000 and not (folder / "checkpoint.tmp").exists()
+    assert dreamerv3.load_checkpoint(folder)[2]["global_step"] == 50
+    assert np.load(folder / "replay" / "clock.npy")[0] == 110
+
+
+def test_without_persistent_replay_a_resumed_run_refills_first(program, capsys):
+    program(f"{CHAIN} --total-timesteps 60 --no-persist-replay --no-cuda")
+    out = capsys.readouterr().out
+    assert "free memory" in out and "CUDA" not in out
+    folder = run_folder(Path.cwd())
+    program(f"--resume {folder} --total-timesteps 120")
+    assert (
+        "resumed at step 60 after 10 updates, WITHOUT a replay buffer: collecting 40 steps" in capsys.readouterr().out
+    )
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["updates"] == 10 + 20 // 2
+    assert not (folder / "replay").exists()
+
+
+def test_memory_is_constant(program, monkeypatch):
+    """Resident memory and live tensors at every checkpoint after the buffer is full."""
+    save, seen = dreamerv3.save_checkpoint, []
+
+    def measure(*inputs):
+        save(*inputs)
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        seen.append((pages * os.sysconf("SC_PAGE_SIZE"), sum(type(x) is torch.Tensor for x in gc.get_objects())))
+
+    monkeypatch.setattr(dreamerv3, "save_checkpoint", measure)
+    flags = "--env-id CartPole-v1 --buffer-size 500 --total-timesteps 2500 --checkpoint-frequency 250 --train-ratio 3"
+    program(f"{QUICK} {flags}")
+    memory, tensors = zip(*seen[4:], strict=True)
+    assert len(seen) == 11 and max(tensors) == min(tensors) and memory[-1] - memory[0] < 4e6, seen
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
