@@ -1057,12 +1057,12 @@ for fault in ("reset", "nan", "dies"):
         ("reset", 2, "AssertionError: two lines", 0),
     ],
 )
-def test_an_environment_that_fails_ends_the_run_saved_with_one_line(fault, envs, words, steps, program, capfd):
+def test_an_environment_that_fails_ends_the_run_saved_with_one_line(fault, envs, words, steps, program, recwarn):
     message = program(f"{QUICK} --env-id Dreamer-{fault}-v0 --num-envs {envs} --total-timesteps 200")
     assert re.fullmatch(
         f"dreamerv3.py: Dreamer-{fault}-v0 failed at step {steps * envs}, saved runs/.*: {words}.*", message
     )
-    assert "Traceback" not in capfd.readouterr().err
+    assert not any("Traceback" in str(warning.message) for warning in recwarn)  # of a worker, by Gymnasium
     folder = run_folder(Path.cwd())
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == steps * envs
     assert np.load(folder / "replay" / "clock.npy")[0] == steps
@@ -1073,12 +1073,12 @@ CHAIN = f"{QUICK} --env-id DreamerChain-v0 --buffer-size 60"
 
 def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(program, tmp_path):
     """Both start an episode after step 60, so that the environments agree; weights, counters and replay do too."""
-    assert not program(f"{CHAIN} --exp-name unbroken --total-timesteps 91")
-    assert not program(f"{CHAIN} --exp-name broken --total-timesteps 60")
+    assert not program(f"{CHAIN} --exp-name unbroken --total-timesteps 91 --train-ratio 12")
+    assert not program(f"{CHAIN} --exp-name broken --total-timesteps 60 --train-ratio 12")
     broken, unbroken = (next(tmp_path.glob(f"runs/*__{name}__*")) for name in ("broken", "unbroken"))
     assert not program(f"--resume {broken} --total-timesteps 91")
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (broken, unbroken))
-    assert a["updates"] == b["updates"] == 25 and a["owed"] == b["owed"] == 0.5
+    assert a["updates"] == b["updates"] == 19 and a["owed"] == b["owed"] == 0.125
     assert all(torch.equal(a["agent"][name], b["agent"][name]) for name in b["agent"])
     for file in (unbroken / "replay").iterdir():
         assert file.read_bytes() == (broken / "replay" / file.name).read_bytes(), file.name
@@ -1164,6 +1164,7 @@ def test_memory_is_constant(program, monkeypatch):
 
     monkeypatch.setattr(dreamerv3, "save_checkpoint", measure)
     flags = "--env-id CartPole-v1 --buffer-size 500 --total-timesteps 2500 --checkpoint-frequency 250 --train-ratio 3"
+    flags += " --log-frequency 250"
     program(f"{QUICK} {flags}")
     memory, tensors = zip(*seen[4:], strict=True)
     assert len(seen) == 11 and max(tensors) == min(tensors) and memory[-1] - memory[0] < 4e6, seen
