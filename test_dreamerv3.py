@@ -1024,6 +1024,45 @@ def test_the_same_state_gives_the_same_updates(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(agent.state_dict().values(), other.state_dict().values(), strict=True))
 
 
+@pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes: SLOW=1 pytest -k sigkill")
+def test_a_run_survives_twenty_sigkills_at_random_moments(tmp_path):
+    """Killed while starting, acting, training or saving: steps, episodes and counters stay consistent."""
+    rng, every = np.random.default_rng(0), 20
+    program = [sys.executable, str(ROOT / "dreamerv3.py"), "--total-timesteps", "100000"]
+    start = f"{FAST} --batch-size 2 --batch-length 8 --env-id CartPole-v1 --checkpoint-frequency {every}".split()
+    cuts, updates, clock = {0}, 0, [0]
+    for kill in range(21):
+        flags = start if not kill else ["--resume", str(run_folder(tmp_path))]
+        process = subprocess.Popen([*program, *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("resumed" if kill else "run folder"):
+                break
+        if kill:
+            step = int(re.search(r"step ([\d,]+)", line)[1].replace(",", ""))
+            assert step == clock[0] and int(re.search(r"after ([\d,]+)", line)[1].replace(",", "")) >= updates
+            cuts.add(step)
+        while not list(tmp_path.glob("runs/*/checkpoint.pt")):
+            time.sleep(0.1)
+        time.sleep(rng.uniform(0, 4))
+        process.send_signal(signal.SIGTERM if kill == 20 else signal.SIGKILL)
+        assert process.wait(60) == (128 + signal.SIGTERM if kill == 20 else -signal.SIGKILL)
+        folder = run_folder(tmp_path)
+        clock = np.load(folder / "replay" / "clock.npy")
+        state = dreamerv3.load_checkpoint(folder)[2]
+        assert clock[0] - every <= state["global_step"] <= clock[0] and state["updates"] >= updates
+        assert state["updates"] + state["owed"] == pytest.approx(max(0, state["global_step"] - 64) * 16 / (2 * 8))
+        updates = state["updates"]
+    assert state["global_step"] == clock[0]
+    names = ("is_first", "is_last", "is_terminal", "reward", "obs.obs")
+    first, last, terminal, reward, obs = (np.load(folder / "replay" / f"{k}.npy")[0, : clock[0]] for k in names)
+    begins = {0, *(np.flatnonzero(last[:-1]) + 1).tolist()} | cuts - {int(clock[0])}
+    assert set(np.flatnonzero(first).tolist()) == begins
+    np.testing.assert_array_equal(reward, ~first)
+    follows = ~first[1:]
+    np.testing.assert_allclose(obs[1:, 0][follows], (obs[:-1, 0] + 0.02 * obs[:-1, 1])[follows], atol=1e-5)
+    assert not terminal[~last].any()
+
+
 class Faulty(Chain):
     """Fails at its first reset, or in its 50th step by an observation outside its space or by dying."""
 
