@@ -755,14 +755,10 @@ def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Write folder/checkpoint.pt so that at every moment it or checkpoint_previous.pt is whole."""
     path, temporary = folder / "checkpoint.pt", folder / "checkpoint.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk needs the space
-        raise
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
     if path.exists():
         os.replace(path, folder / "checkpoint_previous.pt")
     os.replace(temporary, path)
@@ -778,9 +774,7 @@ def load_checkpoint(path: Path) -> tuple[Path, Args, dict]:
     """
     folder = path.parent if path.is_file() else path
     newest, problems = folder / "checkpoint.pt", []
-    for file in dict.fromkeys([path, newest, folder / "checkpoint_previous.pt"]):
-        if not file.is_file():
-            continue
+    for file in filter(Path.is_file, dict.fromkeys([path, newest, folder / "checkpoint_previous.pt"])):
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
             args, state = Args(**state["args"]), {key: state[key] for key in CHECKPOINT}
@@ -838,14 +832,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
 
 def check_args(args: Args) -> None:
     """Exit with one line when a flag has an impossible value: it names the value, the limit and so the fix."""
+    numbers = " ".join(name for name, value in asdict(args).items() if not isinstance(value, str))
     positive = "total_timesteps num_envs batch_size learning_rate train_ratio log_frequency imagination_horizon clip"
-    natural = "seed action_repeat warmup_updates learning_starts checkpoint_frequency ent_coef free_nats pred_scale"
-    natural += " dyn_scale rep_scale slow_critic_scale replay_critic_scale"
     window, batch = (args.batch_length + 1) * args.num_envs, args.batch_size * args.batch_length
     per_env = f"{window}, (--batch-length + 1) * --num-envs, one window per environment"
     rules = [
-        (positive, lambda x: 0 < x < math.inf, "more than 0"),
-        (natural, lambda x: 0 <= x < math.inf, "at least 0"),
+        (numbers, lambda x: 0 <= x < math.inf, "at least 0"),
+        (positive, lambda x: x > 0, "more than 0"),
         ("batch_length", lambda x: x >= 2, "at least 2"),
         ("gamma unimix actor_unimix", lambda x: 0 <= x < 1, "in [0, 1)"),
         ("return_lambda tau", lambda x: 0 <= x <= 1, "in [0, 1]"),
@@ -1019,10 +1012,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
             owed += max(0, stored - max(global_step, args.learning_starts)) / update_steps
             global_step = stored
-        kept = f"{len(replay):,} steps in the replay buffer"
-        if not len(replay):
-            kept = f"WITHOUT a replay buffer: collecting {args.learning_starts:,} steps before the next update"
-        print(f"resumed at step {global_step:,} after {updates:,} updates, {kept}", flush=True)
+        refill = "" if len(replay) else f": WITHOUT THEM, collecting {args.learning_starts:,} before the next update"
+        done = f"step {global_step:,} after {updates:,} updates"
+        print(f"resumed at {done}, {len(replay):,} steps in the replay buffer{refill}", flush=True)
     first_update = args.learning_starts if len(replay) else global_step + args.learning_starts
 
     def save():
@@ -1033,6 +1025,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             save_checkpoint(folder, state | {"global_step": global_step, "updates": updates, "owed": owed})
         except (OSError, RuntimeError) as error:  # a full disk may be either in torch.save
+            (folder / "checkpoint.tmp").unlink(missing_ok=True)  # it needs the space
             print(f"warning: no checkpoint at step {global_step:,}, {error}: training goes on", flush=True)
 
     def attempt(call, *inputs, **options):
