@@ -675,11 +675,23 @@ def test_replay_goes_on_from_its_files(windows, tmp_path):
         Replay(80, 2, FIELDS, 8, windows, folder=tmp_path / "replay")
 
 
-def test_replay_refuses_what_cannot_work():
+def test_replay_refuses_what_cannot_work(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="capacity of 16"):
         Replay(16, 2, FIELDS, 8)
     with pytest.raises(ValueError, match="nothing to sample"):
         Replay(100, 1, FIELDS, 8).sample(1)
+    Replay(100, 1, FIELDS, 8, folder=tmp_path / "torn")
+    (tmp_path / "torn" / "reward.npy").unlink()
+    with pytest.raises(FileNotFoundError):  # never zeros in place of what was stored
+        Replay(100, 1, FIELDS, 8, folder=tmp_path / "torn")
+
+    def full(*part):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        Replay(100, 1, FIELDS, 8, folder=tmp_path / "full")
+    assert not (tmp_path / "full").exists()
     assert Replay.bytes_per_step(FIELDS) == 8 + 4 + 4 + 6 + 2 + 3 + 20
 
 
