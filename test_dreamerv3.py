@@ -1469,6 +1469,13 @@ def check_updates(golden):
         assert (p - reference).norm() <= 2e-3 * (reference - start[name]).norm() + 1e-6, f"{name} after the updates"
 
 
+def test_the_speed_snippet_of_the_readme_runs(capsys):
+    snippet = re.search(r"```python\n(import time\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert snippet.count("\n") <= 20
+    exec(snippet.replace("compile=True", "compile=False").replace(", 5, (16, 64)", ", 1, (2, 4)"), {})
+    assert re.search(r"^\d+\.\d after \d\.\d+ s$", capsys.readouterr().out, re.M)
+
+
 @pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
 def test_compiled_updates_equal_the_official_ones(path, argmax_sampling, monkeypatch):
     """About a minute each with a cold compiler cache, so not part of `-k golden`."""
