@@ -337,8 +337,8 @@ def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, **kwargs
     except gym.error.UnregisteredEnv as error:
         close = ", ".join(difflib.get_close_matches(name, gym.registry, 3, cutoff=0.5))
         fail(f"--env-id {env_id} is unknown: {error} Closest: {close or 'see gymnasium.pprint_registry()'}")
-    except (ValueError, gym.error.Error) as error:
-        fail(f"--env-id {env_id} is not supported: {error}")
+    except Exception as error:  # spaces that are not supported, and whatever a constructor raises
+        fail(f"--env-id {env_id} is not supported: {str(error) or repr(error)}")
 
 
 def make_envs(args: Args) -> tuple[gym.vector.VectorEnv, Adapter]:
@@ -1017,16 +1017,18 @@ def main(argv: list[str] | None = None) -> None:
         print(f"resumed at {done}, {len(replay):,} steps in the replay buffer{refill}", flush=True)
     first_update = args.learning_starts if len(replay) else global_step + args.learning_starts
 
-    def save():
+    def save() -> bool:
         check_finite(window, global_step, folder)  # a broken network never replaces a good checkpoint
         state = {"args": asdict(args), "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"replay": replay.state_dict(), "capacity": capacity, "torch_rng": torch.get_rng_state()}
         state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "seconds": time.time() - progress.begin}
         try:
             save_checkpoint(folder, state | {"global_step": global_step, "updates": updates, "owed": owed})
+            return True
         except (OSError, RuntimeError) as error:  # a full disk may be either in torch.save
             (folder / "checkpoint.tmp").unlink(missing_ok=True)  # it needs the space
             print(f"warning: no checkpoint at step {global_step:,}, {error}: training goes on", flush=True)
+            return False
 
     def attempt(call, *inputs, **options):
         """What the environments return; whatever they raise ends the run, saved, with one line."""
@@ -1100,14 +1102,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.checkpoint_frequency and global_step % args.checkpoint_frequency < args.num_envs:
             save()
 
-    save()
-    if args.save_model:
+    saved = save()
+    if args.save_model and saved:
         torch.save({"args": asdict(args), "agent": agent.state_dict()}, folder / "model.pt")
     progress.close()
     envs.close()
     if stop.code:
         print(f"stopped at step {global_step:,}; go on with: python dreamerv3.py --resume {folder}")
-    sys.exit(stop.code)
+    sys.exit(stop.code or not saved)
 
 
 if __name__ == "__main__":
