@@ -446,7 +446,7 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
     post, prior = OneHot(post_logits, args.unimix), OneHot(prior_logits, args.unimix)
     recon_loss = sum(vector_loss(recon[key], batch["obs"][key]) for key in recon)
     if maps is not None:
-        recon_loss = recon_loss + image_loss(maps, agent.encoder.stack(batch["obs"]))
+        recon_loss = recon_loss + image_loss(maps, networks.split_phases(agent.encoder.stack(batch["obs"])))
     losses = {
         "recon": recon_loss,
         "reward": agent.twohot.loss(reward_logits, batch["reward"]),
@@ -473,8 +473,9 @@ def vector_loss(recon: Tensor, target: Tensor) -> Tensor:
 
 
 def image_loss(maps: Tensor, target: Tensor) -> Tensor:
-    """Squared error of the decoder's maps against all images (B, T, h, w, C), summed over pixels: -> (B, T)."""
-    error = networks.maps_to_pixels(maps).view(target.shape) - target.float() / 255
+    """Squared error of the decoder's maps (N, 4C, h, w) against all images, split into the same phases
+    (B, T, h, w, 4C), summed over pixels: -> (B, T)."""
+    error = torch.sigmoid(maps.permute(0, 2, 3, 1).float()).view(target.shape) - target.float() / 255
     return error.square().flatten(2).sum(-1)
 
 

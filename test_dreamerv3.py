@@ -207,7 +207,9 @@ def test_upsample_conv_equals_its_definition():
     conv, x = networks.conv5(3, 4).double(), torch.randn(2, 3, 6, 5, dtype=torch.float64)
     conv.bias.data.normal_()
     expected = conv(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
-    torch.testing.assert_close(torch.nn.functional.pixel_shuffle(networks.upsample_conv(x, conv), 2), expected)
+    phases = networks.upsample_conv(x, conv)
+    torch.testing.assert_close(networks.merge_phases(phases), expected)
+    torch.testing.assert_close(networks.split_phases(expected.permute(0, 2, 3, 1)), phases.permute(0, 2, 3, 1))
 
 
 COUNTS = {
