@@ -460,6 +460,22 @@ def test_nothing_before_a_reset_reaches_later_latents():
     assert not torch.equal(outs[0][0][:, 3], outs[1][0][:, 3])
 
 
+@pytest.mark.parametrize("trained_embed", [True, False])
+def test_gradients_of_a_sequence_equal_those_of_its_steps(trained_embed, monkeypatch):
+    monkeypatch.setattr(networks, "sample_index", lambda probs, u: probs.argmax(-1))
+    agent, _ = make_agent()
+    batch = make_batch(agent, length=5)
+    embed = agent.encoder(batch["obs"]).detach().requires_grad_(trained_embed)
+    action, is_first, noise = batch["prev_action"], batch["is_first"], torch.zeros(2, 5, 32)
+    first = batch["deter"], batch["stoch"]
+    late = agent.rssm.observe(*first, action, embed, is_first)
+    plain = agent.rssm.forward(*first, action, embed, is_first, noise, *(torch.zeros_like(x) for x in late))
+    wanted = [p for name, p in agent.rssm.named_parameters() if "prior" not in name] + [embed] * trained_embed
+    upstream = [torch.randn_like(x) for x in late]
+    for a, b in zip(*(torch.autograd.grad(x, wanted, upstream) for x in (late, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_policy_and_training_agree_on_latents(monkeypatch):
     monkeypatch.setattr(networks, "sample_index", lambda probs, u: probs.argmax(-1))
     agent, _ = make_agent(SPECS)
