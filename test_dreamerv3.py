@@ -837,7 +837,8 @@ def test_action_repeat_adds_up_rewards_and_stops_at_the_end():
 
 def test_parallel_environments_have_their_own_seeds():
     args = Args(env_id="CartPole-v1", num_envs=3)
-    envs, adapter = dreamerv3.make_envs(args)
+    adapter = dreamerv3.make_env(args.env_id)
+    envs = dreamerv3.make_envs(args, adapter, None)
     obs, _ = envs.reset(seed=args.seed)
     envs.close()
     assert adapter.specs == {"obs": ObsSpec((4,))} and len({x.tobytes() for x in obs["obs"]}) == 3
