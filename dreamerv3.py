@@ -39,7 +39,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -798,8 +797,8 @@ def evaluate(
     device, returns = agent.return_norm.lo.device, []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for episode in range(episodes):
-            obs, _ = env.reset(seed=None if episode else seed)
+        while len(returns) < episodes and not stopped():
+            obs, _ = env.reset(seed=None if returns else seed)
             state = (*agent.rssm.initial(1), torch.zeros(1, agent.action.size, device=device))
             is_first, over = True, False
             while not (over or stopped()):
@@ -810,7 +809,7 @@ def evaluate(
                 is_first, over = False, terminated or truncated
             returns += [float(info["episode"]["r"])] if over else []
     env.close()
-    if returns:
+    if len(returns) == episodes:
         spread = f"mean {np.mean(returns):.1f}, std {np.std(returns):.1f}, min {min(returns):g}, max {max(returns):g}"
         show = tqdm.write if sys.stderr.isatty() else print  # beside a progress bar
         show(f"evaluation: {len(returns)} episodes of {args.env_id}, return {spread}")
@@ -832,7 +831,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 CHECKPOINT = "agent optimizer replay capacity torch_rng cuda_rng seconds global_step updates owed".split()
 
 
-def load_checkpoint(path: Path, keys: Sequence[str] = CHECKPOINT) -> tuple[Path, Args, dict]:
+def load_checkpoint(path: Path, keys: list[str] = CHECKPOINT) -> tuple[Path, Args, dict]:
     """A run folder, or a checkpoint in one -> the folder, its flags, and the newest readable checkpoint, on the CPU.
 
     Tries the given file first; a good one has these keys. weights_only: a stranger's file cannot run code. Exits with
@@ -1200,7 +1199,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.eval_frequency and global_step % args.eval_frequency < args.num_envs:
             options = {"videos": videos and videos / f"eval-{global_step}", "stopped": lambda: stop.code}
             returns = attempt(evaluate, agent, args, args.eval_episodes, args.seed + global_step, **options)
-            if returns:
+            if not stop.code:  # else cut short, and short episodes would count for more
                 progress.record(global_step, {"eval/episodic_return": np.mean(returns)})
 
     save()
