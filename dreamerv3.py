@@ -76,6 +76,12 @@ class Args:
     """if toggled, `torch.backends.cudnn.deterministic=True`"""
     cuda: bool = True
     """if toggled, CUDA is used when it is present"""
+    track: bool = False
+    """if toggled, everything that TensorBoard gets goes to Weights & Biases too"""
+    wandb_project_name: str = "dreamerv3"
+    """the project of the run there"""
+    wandb_entity: str = ""
+    """the entity (team) of the project; empty means your default one"""
     capture_video: bool = False
     """record episodes of the first environment, and all of evaluations, into `videos/{run_name}`"""
     save_model: bool = False
@@ -905,11 +911,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
         folder, stored, state = load_checkpoint(Path(args.resume), ["agent"] if args.eval_only else CHECKPOINT)
         args = parse(stored)
         args.resume = str(folder)
-        free = "resume total_timesteps checkpoint_frequency log_frequency compile cuda save_model capture_video"
-        free = f"{free} eval_only eval_episodes eval_frequency {'seed' * args.eval_only}".split()
+        free = "resume total_timesteps checkpoint_frequency log_frequency compile cuda save_model capture_video track"
+        free += " wandb_project_name wandb_entity eval_only eval_episodes eval_frequency" + " seed" * args.eval_only
         for name, old in asdict(stored).items():
             flag, new = f"--{name.replace('_', '-')}", getattr(args, name)
-            if name not in free:
+            if name not in free.split():
                 if new not in (old, "auto"):
                     fail(f"{flag} {new} disagrees with {old} of the run to resume; leave it out or start a new run")
                 setattr(args, name, old)
@@ -1007,6 +1013,19 @@ def free_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def track(args: Args, name: str) -> None:
+    """Send what TensorBoard gets, and the three source files, to Weights & Biases; a resumed run goes on there."""
+    wandb = require("wandb", "--track")
+    settings = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "config": vars(args)}
+    settings |= {"name": name, "id": re.sub("[:;,#?/']", "-", name), "resume": "allow"}
+    try:  # no monitor_gym: its patch of RecordVideo.close raises with Gymnasium 1.x
+        wandb.init(**settings, sync_tensorboard=True, save_code=True)
+    except Exception as error:  # not logged in, no network
+        fail(f"--track cannot start: {error}")
+    for file in ("dreamerv3.py", "networks.py", "replay.py"):
+        wandb.save(str(Path(__file__).with_name(file)), base_path=Path(__file__).parent, policy="now")
+
+
 class Progress:
     """Records in TensorBoard and episodes.csv, and a progress bar: a line per 20 s when the output is a file.
 
@@ -1082,6 +1101,8 @@ def main(argv: list[str] | None = None) -> None:
     adapter = make_env(args.env_id, args.image_size, args.action_repeat, args.capture_video)
     specs, action_spec, repeat = adapter.specs, adapter.action_spec, adapter.repeat
     capacity = resumed["capacity"] if resumed else min(args.buffer_size, args.total_timesteps)
+    if args.track:
+        track(args, folder.name)
     replay = make_replay(args, adapter, folder, capacity)
     envs = make_envs(args, adapter, videos and videos / f"train-{resumed['global_step'] if resumed else 0}")
     agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
@@ -1138,6 +1159,8 @@ def main(argv: list[str] | None = None) -> None:
 
     stop = Interrupt()
     progress = Progress(folder, args.total_timesteps, global_step, resumed["seconds"] if resumed else 0.0)
+    table = "|param|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    progress.writer.add_text("hyperparameters", table, global_step)
     to_compile, window, updating, began = args.compile, [], 0.0, (time.time(), global_step, updates)
 
     obs, _ = attempt(envs.reset, seed=args.seed + global_step)
@@ -1207,6 +1230,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.save({"args": asdict(args), "agent": agent.state_dict()}, folder / "model.pt")
     progress.close()
     envs.close()
+    if args.track and videos:
+        require("wandb", "--track").save(f"{videos}/*/*.mp4", policy="now")
     if stop.code:
         print(f"stopped at step {global_step:,}; go on with: python dreamerv3.py --resume {folder}")
     sys.exit(stop.code)
