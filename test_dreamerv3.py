@@ -1272,7 +1272,8 @@ def test_an_interrupted_evaluation_ends_at_once(capsys):
 
 
 def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsys, tmp_path):
-    program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 60 --checkpoint-frequency 50 --save-model")
+    flags = "--total-timesteps 60 --checkpoint-frequency 50 --save-model --learning-rate 0.01 --warmup-updates 1"
+    program(f"{QUICK} --env-id CartPole-v1 {flags}")
     folder = run_folder(tmp_path)
     (folder / "checkpoint.pt").write_bytes(b"torn")  # stays where it is
     shutil.rmtree(folder / "replay")
@@ -1302,17 +1303,16 @@ def test_the_snippet_of_the_readme_plays_an_episode(program, capsys, tmp_path):
     assert capsys.readouterr().out.splitlines()[-1] == "return 15.0"
 
 
-def test_videos_show_every_step_of_an_episode(program, tmp_path):
-    program(f"{QUICK} --env-id CartPole-v1 --num-envs 2 --total-timesteps 100 --capture-video --eval-frequency 100")
+@pytest.mark.parametrize("envs", [1, 2])
+def test_videos_show_every_step_of_an_episode(envs, program, tmp_path):
+    flags = f"--num-envs {envs} --total-timesteps 100 --capture-video --eval-frequency 100 --eval-episodes 1"
+    program(f"{QUICK} --env-id CartPole-v1 {flags}")
     folder = run_folder(tmp_path)
-    assert not program(f"--resume {folder} --eval-only --eval-episodes 2")
+    assert not program(f"--resume {folder} --eval-only --eval-episodes 3")
     agent, args = dreamerv3.load_agent(folder)
-    lengths = dreamerv3.evaluate(agent, args, 2, args.seed)  # CartPole pays 1 per step
-    frames = []
-    for episode in range(2):
+    for episode, length in enumerate(dreamerv3.evaluate(agent, args, 3, args.seed)):  # CartPole pays 1 per step
         video = cv2.VideoCapture(f"videos/{folder.name}/eval-only/rl-video-episode-{episode}.mp4")
-        frames.append(video.get(cv2.CAP_PROP_FRAME_COUNT) - 1)
-    assert frames == lengths
+        assert 0 <= video.get(cv2.CAP_PROP_FRAME_COUNT) - length <= 1  # moviepy may drop the last one
     names = {path.parent.name for path in Path("videos", folder.name).glob("*/*.mp4")}
     assert names == {"train-0", "eval-100", "eval-only"}
 
