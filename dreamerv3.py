@@ -24,7 +24,7 @@ Time line. Step t holds what arrived at t and the action chosen on it; reward[t]
       is_terminal      0          0          1 or 0    0          0         0 when it was cut by a time limit
 
 Contents: 1 Args · 2 environments · 3 agent and policy · 4 world-model loss · 5 imagination · 6 lambda-return and return
-normalization · 7 actor and critic losses · 8 optimizer · 9 update · 10 checkpoints · 11 main
+normalization · 7 actor and critic losses · 8 optimizer · 9 update · 10 evaluation, checkpoints · 11 main
 """
 
 import copy
@@ -45,6 +45,7 @@ from functools import reduce
 from importlib import import_module
 from operator import getitem
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, NoReturn
 
 import cv2
@@ -75,6 +76,14 @@ class Args:
     """if toggled, `torch.backends.cudnn.deterministic=True`"""
     cuda: bool = True
     """if toggled, CUDA is used when it is present"""
+    track: bool = False
+    """if toggled, everything that TensorBoard gets goes to Weights & Biases too"""
+    wandb_project_name: str = "dreamerv3"
+    """the project of the run there"""
+    wandb_entity: str = ""
+    """the entity (team) of the project; empty means your default one"""
+    capture_video: bool = False
+    """record episodes of the first environment, and all of evaluations, into `videos/{run_name}`"""
     save_model: bool = False
     """whether to save the final weights alone into `runs/{run_name}/model.pt`"""
 
@@ -162,6 +171,14 @@ class Args:
     resume: str = ""
     """run folder `runs/{run_name}` to go on with, under its stored flags"""
 
+    # Evaluation
+    eval_only: bool = False
+    """play eval_episodes with the agent of `--resume`, a run folder, checkpoint or model.pt, and exit"""
+    eval_episodes: int = 10
+    """whole episodes of one evaluation"""
+    eval_frequency: int = 0
+    """agent steps between two evaluations during training; 0 means never"""
+
 
 SIZES = {
     "1m": Size(512, 64, 64, 4, 4),
@@ -178,6 +195,14 @@ def fail(message: str) -> NoReturn:
     """A user error: one line, exit status 2."""
     print(f"dreamerv3.py: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def require(package: str, flag: str) -> ModuleType:
+    """A package that only this flag needs; exits with one line where it is missing."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        fail(f"{flag} needs a package that is not installed ({error}); try: pip install {package}")
 
 
 # === 2. Environments ==================================================================================================
@@ -305,13 +330,14 @@ class Adapter(gym.ObservationWrapper):
         return (x.round() if np.issubdtype(space.dtype, np.integer) else x).astype(space.dtype)
 
 
-def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, **kwargs) -> Adapter:
-    """One environment as flat arrays (see Adapter), with episode statistics.
+def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, film: bool = False, **kwargs) -> Adapter:
+    """One environment as flat arrays (see Adapter), with episode statistics; with film, one that `record` can take.
 
     Atari ids get frame skip 4 (or action_repeat) with max-pooling exactly once, whatever skip the id has, RGB images
     and up to 30 no-ops after a reset; no reward clipping, no end at lost lives, stickiness as the id says.
-    Exits with one line when the id, its package or its spaces are not there.
+    Exits with one line when the id, its package, its spaces or what filming needs are not there.
     """
+    kwargs |= {"render_mode": "rgb_array"} if film else {}
     module, _, name = env_id.rpartition(":")
     package, install = next((entry for prefix, entry in PACKAGES.items() if name.startswith(prefix)), ("ale_py", ""))
     if package == "shimmy" and "render_mode" not in kwargs:
@@ -331,32 +357,43 @@ def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, **kwargs
         else:
             env = gym.make(name, disable_env_checker=True, **kwargs)
             env = ActionRepeat(env, action_repeat) if action_repeat > 1 else env
+        if film:
+            require("moviepy", "--capture-video")
+            env.reset(seed=0)
+            assert isinstance(env.render(), np.ndarray), "its renderer gives no image"
         return Adapter(gym.wrappers.RecordEpisodeStatistics(env), image_size, action_repeat or (4 if atari else 1))
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         fail(f"--env-id {env_id} needs a package that is not installed ({error}); try: {install or 'pip install it'}")
     except gym.error.UnregisteredEnv as error:
         close = ", ".join(difflib.get_close_matches(name, gym.registry, 3, cutoff=0.5))
         fail(f"--env-id {env_id} is unknown: {error} Closest: {close or 'see gymnasium.pprint_registry()'}")
-    except Exception as error:  # spaces that are not supported, and whatever a constructor raises
-        fail(f"--env-id {env_id} is not supported: {str(error) or repr(error)}")
+    except Exception as error:  # spaces that are not supported, and whatever constructors and renderers raise
+        fail(f"--env-id {env_id} is not supported{' with --capture-video' * film}: {str(error) or repr(error)}")
 
 
-def make_envs(args: Args) -> tuple[gym.vector.VectorEnv, Adapter]:
-    """All environments of a run, in processes when more than one, and one of them to ask about specs and repeat."""
-    first = make_env(args.env_id, args.image_size, args.action_repeat)  # here, so that its errors are ours
+def record(env: Adapter, folder: Path | None, **options) -> gym.Env:
+    """The environment, made with film=True, recording episodes to folder/*.mp4; as it is when folder is None."""
+    if folder is None:
+        return env
+    fps = max(1, env.metadata.get("render_fps", 30) // env.repeat)  # a frame per agent step, in real time
+    return gym.wrappers.RecordVideo(env, str(folder), fps=fps, **options)
 
-    def worker():
+
+def make_envs(args: Args, first: Adapter, videos: Path | None) -> gym.vector.VectorEnv:
+    """All environments of a run, in processes when more than one, else the given one; videos: of the first one."""
+
+    def worker(videos: Path | None = None):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; main decides
-        return make_env(args.env_id, args.image_size, args.action_repeat)
+        return record(make_env(args.env_id, args.image_size, args.action_repeat, videos is not None), videos)
 
     if args.num_envs == 1:
-        envs = gym.vector.SyncVectorEnv([lambda: first])
+        envs = gym.vector.SyncVectorEnv([lambda: record(first, videos)])
     else:
         first.close()
         gym.logger.min_level = gym.logger.ERROR + 1  # no traceback of a worker: what it raised is raised here too
-        envs = gym.vector.AsyncVectorEnv([worker] * args.num_envs)
+        envs = gym.vector.AsyncVectorEnv([lambda: worker(videos), *[worker] * (args.num_envs - 1)])
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP, "see the time line above"
-    return envs, first
+    return envs
 
 
 # === 3. Agent =========================================================================================================
@@ -750,7 +787,39 @@ def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
         agent.return_norm.load_state_dict(return_norm)
 
 
-# === 10. Checkpoints ==================================================================================================
+# === 10. Evaluation, checkpoints ======================================================================================
+
+
+def evaluate(
+    agent: Agent, args: Args, episodes: int, seed: int, videos: Path | None = None, stopped=lambda: False
+) -> list[float]:
+    """Undiscounted returns of whole episodes in an environment of its own, whose first reset takes the seed.
+
+    The policy samples as in training. videos: a folder for one mp4 per episode. stopped: asked before every step,
+    True ends it early. Prints a line; changes neither the agent nor torch's random state.
+    """
+    env = make_env(args.env_id, args.image_size, args.action_repeat, videos is not None)
+    env = record(env, videos, episode_trigger=lambda episode: True)
+    device, returns = agent.return_norm.lo.device, []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while len(returns) < episodes and not stopped():
+            obs, _ = env.reset(seed=None if returns else seed)
+            state = (*agent.rssm.initial(1), torch.zeros(1, agent.action.size, device=device))
+            is_first, over = True, False
+            while not (over or stopped()):
+                tensors = {key: torch.as_tensor(x[None]).to(device) for key, x in obs.items()}
+                action, state = policy(agent, tensors, state, torch.tensor([is_first], device=device))
+                action = stored_action(action, agent.action)[0].cpu().numpy()
+                obs, _, terminated, truncated, info = env.step(action)
+                is_first, over = False, terminated or truncated
+            returns += [float(info["episode"]["r"])] if over else []
+    env.close()
+    if len(returns) == episodes:
+        spread = f"mean {np.mean(returns):.1f}, std {np.std(returns):.1f}, min {min(returns):g}, max {max(returns):g}"
+        show = tqdm.write if sys.stderr.isatty() else print  # beside a progress bar
+        show(f"evaluation: {len(returns)} episodes of {args.env_id}, return {spread}")
+    return returns
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
@@ -768,26 +837,48 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 CHECKPOINT = "agent optimizer replay capacity torch_rng cuda_rng seconds global_step updates owed".split()
 
 
-def load_checkpoint(path: Path) -> tuple[Path, Args, dict]:
+def load_checkpoint(path: Path, keys: list[str] = CHECKPOINT) -> tuple[Path, Args, dict]:
     """A run folder, or a checkpoint in one -> the folder, its flags, and the newest readable checkpoint, on the CPU.
 
-    Tries the given file first. weights_only: a stranger's file cannot run code. Exits with one line when none is good.
+    Tries the given file first; a good one has these keys. weights_only: a stranger's file cannot run code. Exits with
+    one line when none is good.
     """
     folder = path.parent if path.is_file() else path
     newest, problems = folder / "checkpoint.pt", []
     for file in filter(Path.is_file, dict.fromkeys([path, newest, folder / "checkpoint_previous.pt"])):
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            args, state = Args(**state["args"]), {key: state[key] for key in CHECKPOINT}
+            args, state = Args(**state["args"]), {key: state[key] for key in keys}
         except Exception as error:  # truncated, corrupt or foreign: torch raises many kinds
             problems.append(f"{file} is unreadable ({type(error).__name__})")
             continue
         if problems:
             print(f"warning: {problems[0]}, using {file.name}", flush=True)
-            if newest.exists() and file != newest:
+            if keys is CHECKPOINT and newest.exists() and file != newest:
                 os.replace(newest, newest.with_suffix(".unreadable"))  # it must not become the previous good one
         return folder, args, state
     fail(f"--resume {path} holds no good checkpoint: {', '.join(problems) or 'give the folder runs/... of a run'}")
+
+
+def restore_agent(args: Args, state: dict, device: str | torch.device) -> Agent:
+    """The agent of a checkpoint, on the device; an environment is made, to ask it for its spaces."""
+    env = make_env(args.env_id, args.image_size, args.action_repeat)
+    env.close()
+    agent = Agent(env.specs, env.action_spec, SIZES[args.size], args).to(device)
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError as error:  # torch names the tensors
+        fail(f"this agent belongs to other spaces or another size: {str(error)[:300]}")
+    return agent
+
+
+def load_agent(path: str | Path, device: str | torch.device = "cpu") -> tuple[Agent, Args]:
+    """The agent of a run folder, a checkpoint file or a model.pt, on the device, and the flags it was trained with.
+
+    Reads files as load_checkpoint does. Exits with one line when there is no good file or its environment is missing.
+    """
+    _, args, state = load_checkpoint(Path(path), ["agent"])
+    return restore_agent(args, state, device), args
 
 
 def check_finite(window: list[dict[str, Tensor]], step: int, folder: Path) -> None:
@@ -814,14 +905,17 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
             raise
 
     args, state = parse(Args()), None
+    if args.eval_only and not args.resume:
+        fail("--eval-only needs --resume and a run folder, a checkpoint or a model.pt")
     if args.resume:
-        folder, stored, state = load_checkpoint(Path(args.resume))
+        folder, stored, state = load_checkpoint(Path(args.resume), ["agent"] if args.eval_only else CHECKPOINT)
         args = parse(stored)
         args.resume = str(folder)
-        free = {"resume", "total_timesteps", "checkpoint_frequency", "log_frequency", "compile", "cuda", "save_model"}
+        free = "resume total_timesteps checkpoint_frequency log_frequency compile cuda save_model capture_video track"
+        free += " wandb_project_name wandb_entity eval_only eval_episodes eval_frequency" + " seed" * args.eval_only
         for name, old in asdict(stored).items():
             flag, new = f"--{name.replace('_', '-')}", getattr(args, name)
-            if name not in free:
+            if name not in free.split():
                 if new not in (old, "auto"):
                     fail(f"{flag} {new} disagrees with {old} of the run to resume; leave it out or start a new run")
                 setattr(args, name, old)
@@ -835,6 +929,7 @@ def check_args(args: Args) -> None:
     """Exit with one line when a flag has an impossible value: it names the value, the limit and so the fix."""
     numbers = " ".join(name for name, value in asdict(args).items() if not isinstance(value, str))
     positive = "total_timesteps num_envs batch_size learning_rate train_ratio log_frequency imagination_horizon clip"
+    positive = f"{positive} eval_episodes"
     window, batch = (args.batch_length + 1) * args.num_envs, args.batch_size * args.batch_length
     per_env = f"{window}, (--batch-length + 1) * --num-envs, one window per environment"
     rules = [
@@ -867,8 +962,9 @@ def choose_device(args: Args) -> torch.device:
             torch.set_float32_matmul_precision("high")
         args.precision = "bfloat16" if native else "float32"
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else f" ({torch.cuda.get_device_name()})"
+    mode = "compiled" if args.compile and not args.eval_only else "eager"
     absent = ", CUDA is not available" if args.cuda and device.type == "cpu" else ""
-    print(f"device: {device}{threads}, {args.precision}, {'compiled' if args.compile else 'eager'}{absent}")
+    print(f"device: {device}{threads}, {args.precision}, {mode}{absent}")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -915,6 +1011,19 @@ def free_memory() -> int:
         return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
     except OSError:  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def track(args: Args, name: str) -> None:
+    """Send what TensorBoard gets, and the three source files, to Weights & Biases; a resumed run goes on there."""
+    wandb = require("wandb", "--track")
+    settings = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "config": vars(args)}
+    settings |= {"name": name, "id": re.sub("[:;,#?/']", "-", name), "resume": "allow"}
+    try:  # no monitor_gym: its patch of RecordVideo.close raises with Gymnasium 1.x
+        wandb.init(**settings, sync_tensorboard=True, save_code=True)
+    except Exception as error:  # not logged in, no network
+        fail(f"--track cannot start: {error}")
+    for file in ("dreamerv3.py", "networks.py", "replay.py"):
+        wandb.save(str(Path(__file__).with_name(file)), base_path=Path(__file__).parent, policy="now")
 
 
 class Progress:
@@ -977,17 +1086,25 @@ class Interrupt:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train: act, store, step, update, log, checkpoint."""
+    """Train: act, store, step, update, log, checkpoint, evaluate. With --eval-only, only that."""
     args, resumed = parse_args(argv)
     device = choose_device(args)
     folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    videos = Path("videos", folder.name) if args.capture_video else None
+    if args.eval_only:
+        agent = restore_agent(args, resumed, device)
+        evaluate(agent, args, args.eval_episodes, args.seed, videos and videos / "eval-only")
+        sys.exit()
     parent = existing(folder)
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         fail(f"cannot write the run folder {folder}: {parent} is not a writable folder; start from one that is")
-    envs, adapter = make_envs(args)
+    adapter = make_env(args.env_id, args.image_size, args.action_repeat, args.capture_video)
     specs, action_spec, repeat = adapter.specs, adapter.action_spec, adapter.repeat
     capacity = resumed["capacity"] if resumed else min(args.buffer_size, args.total_timesteps)
+    if args.track:
+        track(args, folder.name)
     replay = make_replay(args, adapter, folder, capacity)
+    envs = make_envs(args, adapter, videos and videos / f"train-{resumed['global_step'] if resumed else 0}")
     agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
     optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
     counts = {name: sum(p.numel() for p in net.parameters()) for name, net in agent.named_children()}
@@ -1044,6 +1161,8 @@ def main(argv: list[str] | None = None) -> None:
 
     stop = Interrupt()
     progress = Progress(folder, args.total_timesteps, global_step, resumed["seconds"] if resumed else 0.0)
+    table = "|param|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    progress.writer.add_text("hyperparameters", table, global_step)
     to_compile, window, updating, began = args.compile, [], 0.0, (time.time(), global_step, updates)
 
     obs, _ = attempt(envs.reset, seed=args.seed + global_step)
@@ -1102,12 +1221,19 @@ def main(argv: list[str] | None = None) -> None:
             window, updating, began = [], 0.0, (now, global_step, updates)
         if args.checkpoint_frequency and global_step % args.checkpoint_frequency < args.num_envs:
             save()
+        if args.eval_frequency and global_step % args.eval_frequency < args.num_envs:
+            options = {"videos": videos and videos / f"eval-{global_step}", "stopped": lambda: stop.code}
+            returns = attempt(evaluate, agent, args, args.eval_episodes, args.seed + global_step, **options)
+            if not stop.code:  # else cut short, and short episodes would count for more
+                progress.record(global_step, {"eval/episodic_return": np.mean(returns)})
 
     saved = save()
     if args.save_model and saved:
         torch.save({"args": asdict(args), "agent": agent.state_dict()}, folder / "model.pt")
     progress.close()
     envs.close()
+    if args.track and videos:
+        require("wandb", "--track").save(f"{videos}/*/*.mp4", policy="now")
     if stop.code:
         print(f"stopped at step {global_step:,}; go on with: python dreamerv3.py --resume {folder}")
     sys.exit(stop.code or not saved)

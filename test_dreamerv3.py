@@ -12,12 +12,15 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -851,7 +854,8 @@ def test_action_repeat_adds_up_rewards_and_stops_at_the_end():
 
 def test_parallel_environments_have_their_own_seeds():
     args = Args(env_id="CartPole-v1", num_envs=3)
-    envs, adapter = dreamerv3.make_envs(args)
+    adapter = dreamerv3.make_env(args.env_id)
+    envs = dreamerv3.make_envs(args, adapter, None)
     obs, _ = envs.reset(seed=args.seed)
     envs.close()
     assert adapter.specs == {"obs": ObsSpec((4,))} and len({x.tobytes() for x in obs["obs"]}) == 3
@@ -936,6 +940,7 @@ BAD = """--size 3m | --twohot log | --replay-windows all | --precision half | --
 --dyn-scale -1 | --ent-coef -1 | --image-size 60 | --image-size 32 | --image-size 512 | --action-repeat -1
 --learning-starts 10 | --learning-starts 500000 | --buffer-size 10 | --buffer-size 100 --num-envs 2
 --clip -1 | --ent-coef nan | --replay-critic-scale -1 | --buffer-size 500 | --batch-size 2.5 | --free-nats inf
+--eval-only | --eval-episodes 0 | --eval-frequency -1 | --resume nowhere --eval-only
 --checkpoint-frequency -1 | --log-frequency 0 | --resume nowhere | --env-id bad! | --env-id Taxi-v3
 --env-id Pnog-v5 | --env-id ALE/Pongg-v5
 --env-id CartPole-v9 | --env-id nomodule:Thing-v0"""  # Taxi-v3 is deprecated
@@ -959,10 +964,16 @@ def test_bad_input_gives_one_line_and_status_2(flags, program, capsys, tmp_path,
         ("--total-timesteps 10000000000000 --buffer-size 10000000000000", "80 %.*--buffer-size"),
         ("--total-timesteps 10000000000000 --buffer-size 10000000000000 --no-persist-replay", "80 %.*--buffer-size"),
         ("--exp-name full", "No space left"),
+        ("--capture-video --buffer-size 10000000000000 --total-timesteps 10000000000000", "80 %.*--buffer-size"),
+        ("--capture-video", "--capture-video needs .*moviepy.* pip install moviepy"),
+        ("--capture-video --env-id DreamerChain-v0", "Chain-v0 is not supported with --capture-video: .*render_mode"),
+        ("--track", "--track needs .*wandb.* pip install wandb"),
     ],
 )
 def test_a_start_without_room_leaves_nothing_behind(flags, words, program, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(dreamerv3, "Agent", None)  # refused before any model is made
+    for module in {"moviepy", "wandb"} & set(words.split()):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     if "file" in flags:
         (tmp_path / "runs").touch()
     if "full" in flags:
@@ -1246,6 +1257,107 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     window = [{"losses/recon": torch.tensor(1.0)}, {"losses/recon": torch.tensor(float("nan"))}]
     with pytest.raises(SystemExit, match="losses/recon is not finite at step 7"):
         dreamerv3.check_finite(window, 7, tmp_path)
+
+
+# === evaluation, videos, tracking =====================================================================================
+
+
+def test_evaluations_leave_training_bit_identical(program, tmp_path, capsys):
+    assert not program(f"{CHAIN} --exp-name plain --total-timesteps 90")
+    capsys.readouterr()
+    assert not program(f"{CHAIN} --exp-name evaluated --total-timesteps 90 --eval-frequency 30 --eval-episodes 2")
+    line = "evaluation: 2 episodes of DreamerChain-v0, return mean 15.0, std 0.0, min 15, max 15"
+    assert capsys.readouterr().out.splitlines().count(line) == 3
+    plain, evaluated = (next(tmp_path.glob(f"runs/*__{name}__*")) for name in ("plain", "evaluated"))
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (plain, evaluated))
+    assert torch.equal(a["torch_rng"], b["torch_rng"]) and a["updates"] == b["updates"] > 10
+    assert all(torch.equal(a["agent"][name], b["agent"][name]) for name in a["agent"])
+    for file in (plain / "replay").iterdir():
+        assert file.read_bytes() == (evaluated / "replay" / file.name).read_bytes(), file.name
+    assert scalars(evaluated)["eval/episodic_return"] == [15.0] * 3 and "eval/episodic_return" not in scalars(plain)
+    assert any(b"|eval_frequency|30|" in file.read_bytes() for file in evaluated.glob("events*"))  # hyperparameters
+
+
+def test_an_interrupted_evaluation_ends_at_once(capsys):
+    agent, args = make_agent({"obs": ObsSpec((1,))}, ActionSpec((4,), 4), env_id="DreamerChain-v0")
+    asked = iter(range(99))
+    assert dreamerv3.evaluate(agent, args, 9, seed=0, stopped=lambda: next(asked) > 8) == [15.0]
+    assert not capsys.readouterr().out and next(asked) < 14
+
+
+def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsys, tmp_path):
+    flags = "--total-timesteps 60 --checkpoint-frequency 50 --save-model --learning-rate 0.01 --warmup-updates 1"
+    program(f"{QUICK} --env-id CartPole-v1 {flags}")
+    folder = run_folder(tmp_path)
+    (folder / "checkpoint.pt").write_bytes(b"torn")  # stays where it is
+    shutil.rmtree(folder / "replay")
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    lines, expected = [], []
+    for path in (folder, folder / "checkpoint_previous.pt", folder / "model.pt"):
+        agent, args = dreamerv3.load_agent(path)
+        returns = dreamerv3.evaluate(agent, args, 4, seed=3)
+        expected.append(
+            f"evaluation: 4 episodes of CartPole-v1, return mean {np.mean(returns):.1f}, std {np.std(returns):.1f}, "
+            f"min {min(returns):g}, max {max(returns):g}"
+        )
+        capsys.readouterr()
+        assert not program(f"--resume {path} --eval-only --eval-episodes 4 --seed 3")
+        lines.append(capsys.readouterr().out.splitlines()[-1])
+    assert lines == expected and lines[0] == lines[1] != lines[2], lines
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    assert program(f"--resume {folder} --eval-only --batch-size 3") == 2
+
+
+def test_the_snippet_of_the_readme_plays_an_episode(program, capsys, tmp_path):
+    snippet = re.search(r"```python\n(.*?load_agent.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len(snippet.splitlines()) <= 15
+    program(f"{CHAIN} --total-timesteps 50 --save-model")
+    (run_folder(tmp_path) / "model.pt").rename("model.pt")
+    exec(snippet, {})
+    assert capsys.readouterr().out.splitlines()[-1] == "return 15.0"
+
+
+@pytest.mark.parametrize("envs", [1, 2])
+def test_videos_show_every_step_of_an_episode(envs, program, tmp_path):
+    flags = f"--num-envs {envs} --total-timesteps 100 --capture-video --eval-frequency 100 --eval-episodes 1"
+    program(f"{QUICK} --env-id CartPole-v1 {flags}")
+    folder = run_folder(tmp_path)
+    assert not program(f"--resume {folder} --eval-only --eval-episodes 3")
+    agent, args = dreamerv3.load_agent(folder)
+    for episode, length in enumerate(dreamerv3.evaluate(agent, args, 3, args.seed)):  # CartPole pays 1 per step
+        video = cv2.VideoCapture(f"videos/{folder.name}/eval-only/rl-video-episode-{episode}.mp4")
+        assert 0 <= video.get(cv2.CAP_PROP_FRAME_COUNT) - length <= 1  # moviepy may drop the last one
+    names = {path.parent.name for path in Path("videos", folder.name).glob("*/*.mp4")}
+    assert names == {"train-0", "eval-100", "eval-only"}
+
+
+def test_tracking_passes_on_what_cleanrl_does(program, monkeypatch, tmp_path):
+    calls, saved = [], []
+    wandb = types.SimpleNamespace(init=lambda **kw: calls.append(kw), save=lambda file, **kw: saved.append(Path(file)))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    flags = f"{QUICK} --env-id test_dreamerv3:DreamerChain-v0 --track"
+    program(f"{flags} --wandb-project-name project --wandb-entity team --total-timesteps 40")
+    folder = run_folder(tmp_path)
+    program(f"--resume {folder} --total-timesteps 50")
+    first, second = calls
+    assert first["name"] == folder.name and second["id"] == first["id"] == folder.name.replace(":", "-")
+    assert (first["project"], first["entity"], first["config"]["batch_length"]) == ("project", "team", 8)
+    assert first["sync_tensorboard"] and first["save_code"] and first["resume"] == "allow"
+    assert [path.name for path in saved[:3]] == ["dreamerv3.py", "networks.py", "replay.py"]
+    assert all(path.exists() for path in saved)
+    before = set(tmp_path.rglob("*"))
+    wandb.init = lambda **kw: 1 / 0
+    assert program(f"{flags} --exp-name refused --total-timesteps 40") == 2 and set(tmp_path.rglob("*")) == before
+
+
+def test_tracking_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = run(f"{FAST} --env-id CartPole-v1 --total-timesteps 110 --track --capture-video", tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = {path.name for path in tmp_path.glob("wandb/offline-run-*/files/**/*")}
+    assert {"dreamerv3.py", "networks.py", "replay.py", "rl-video-episode-0.mp4"} <= files
+    assert b"losses/recon" in next(tmp_path.glob("wandb/offline-run-*/*.wandb")).read_bytes()
 
 
 # === golden: numbers computed by the official JAX code (golden/README.md) =============================================
