@@ -782,7 +782,7 @@ def open_loop(agent: Agent, batch: dict, context: int = 5) -> dict[str, Tensor]:
         out[key] = torch.cat([truth, x, (x - truth + 1) / 2], 2)
     for key, x in vectors.items():
         x = x.argmax(-1) if agent.specs[key].classes else networks.symexp(x)
-        out[key] = torch.stack([obs[key].flatten(2).float(), x.flatten(2).float()], 2)
+        out[key] = torch.stack([y.reshape(*is_first.shape, -1).float() for y in (obs[key], x)], 2)
     return out
 
 
