@@ -24,7 +24,7 @@ Time line. Step t holds what arrived at t and the action chosen on it; reward[t]
       is_terminal      0          0          1 or 0    0          0         0 when it was cut by a time limit
 
 Contents: 1 Args · 2 environments · 3 agent and policy · 4 world-model loss · 5 imagination · 6 lambda-return and return
-normalization · 7 actor and critic losses · 8 optimizer · 9 update · 10 evaluation, checkpoints · 11 main
+normalization · 7 actor and critic losses · 8 optimizer · 9 update · 10 evaluation, dreams, checkpoints · 11 main
 """
 
 import copy
@@ -55,6 +55,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -166,6 +167,8 @@ class Args:
     # Logging
     log_frequency: int = 100
     """agent steps between two records of losses in TensorBoard"""
+    video_frequency: int = 1000
+    """updates between two dreams, open-loop predictions into TensorBoard and `runs/{run_name}/dreams`; 0 draws none"""
     checkpoint_frequency: int = 10_000
     """agent steps between two checkpoints; 0 writes only the final one"""
     resume: str = ""
@@ -787,7 +790,7 @@ def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
         agent.return_norm.load_state_dict(return_norm)
 
 
-# === 10. Evaluation, checkpoints ======================================================================================
+# === 10. Evaluation, dreams, checkpoints ==============================================================================
 
 
 def evaluate(
@@ -820,6 +823,86 @@ def evaluate(
         show = tqdm.write if sys.stderr.isatty() else print  # beside a progress bar
         show(f"evaluation: {len(returns)} episodes of {args.env_id}, return {spread}")
     return returns
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def open_loop(agent: Agent, batch: dict, context: int = 5) -> dict[str, Tensor]:
+    """Predict the first n = min(4, B) sequences of a batch (as for world_model_loss) from their first steps alone.
+
+    The posterior filters `context` steps, then the prior goes on under the batch's actions; an episode that starts
+    there starts from zeros. Returns for images truth, prediction and error (0.5 is none) on top of each other,
+    (n, T, 3h, w, C) in [0, 1]; for vectors truth and prediction (n, T, 2, d) in raw units, discrete keys as classes.
+    """
+    obs = {key: x[:4] for key, x in batch["obs"].items()}
+    deter, stoch, action, is_first = (batch[key][:4] for key in ("deter", "stoch", "prev_action", "is_first"))
+    embed = agent.encoder({key: x[:, :context] for key, x in obs.items()})
+    seen = agent.rssm.observe(deter, stoch, action[:, :context], embed, is_first[:, :context])
+    states = list(zip(*(x.unbind(1) for x in seen[:2]), strict=True))  # per step (n, D), (n, S, K)
+    u = torch.rand(*is_first.shape, stoch.shape[1], device=stoch.device)  # (n, T, S)
+    for t in range(context, is_first.shape[1]):
+        deter, stoch = states[-1]
+        keep = ~is_first[:, t, None]
+        states.append(agent.rssm.imagine_step(deter * keep, stoch * keep.unsqueeze(-1), action[:, t] * keep, u[:, t]))
+    vectors, maps = agent.decoder(*(torch.stack(x, 1) for x in zip(*states, strict=True)))
+    out = {} if maps is None else agent.decoder.pixels(maps, *is_first.shape)
+    for key, x in out.items():
+        truth = obs[key].float() / 255
+        out[key] = torch.cat([truth, x, (x - truth + 1) / 2], 2)
+    for key, x in vectors.items():
+        x = x.argmax(-1) if agent.specs[key].classes else networks.symexp(x)
+        out[key] = torch.stack([y.reshape(*is_first.shape, -1).float() for y in (obs[key], x)], 2)
+    return out
+
+
+@torch.random.fork_rng()  # training goes on as if there had been no dream
+def write_dream(agent: Agent, batch: dict, folder: Path, writer: SummaryWriter, step: int, updates: int) -> None:
+    """Draw open_loop of a batch: images into folder/dreams/{updates}.gif, vectors into .png, both into TensorBoard.
+
+    Borders are green while the model sees the frames, red when it does not, white where an episode starts.
+    """
+    context, is_first = 5, batch["is_first"].cpu()
+    dream = {key: x.cpu() for key, x in open_loop(agent, batch, context).items()}
+    # images that are not RGB are shown by their last channel: the newest of stacked frames
+    images = [x if x.shape[-1] == 3 else x[..., -1:].expand(*x.shape[:-1], 3) for x in dream.values() if x.ndim == 5]
+    lines = [(f"{key}[{i}]", x[..., i]) for key, x in dream.items() if x.ndim == 4 for i in range(x.shape[-1])]
+    path = folder / "dreams" / str(updates)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        if images:
+            x = torch.cat(images, 3)  # (n, T, 3h, w, 3)
+            kind = torch.where(is_first[: len(x)], 2, (torch.arange(x.shape[1]) >= context).long())  # (n, T)
+            colors = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+            video = colors[kind][:, :, None, None].repeat(1, 1, x.shape[2] + 4, x.shape[3] + 4, 1)
+            video[:, :, 2:-2, 2:-2] = x
+            video = (video * 255).byte().numpy()
+            strip = np.concatenate([np.concatenate(row[:: math.ceil(len(row) / 16)], 1) for row in video])
+            writer.add_image("dream/images", strip, step, dataformats="HWC")
+            frames = [Image.fromarray(np.concatenate(x, 1)).quantize(method=2) for x in video.swapaxes(0, 1)]  # 2: fast
+            frames[0].save(path.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=100, loop=0)
+        if lines:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, because it takes half a second
+            from matplotlib.figure import Figure
+
+            lines = lines[:: math.ceil(len(lines) / 8)]  # at most 8 components, of all keys
+            canvas = FigureCanvasAgg(Figure((16, 1.5 * len(lines)), dpi=80))
+            canvas.figure.subplots_adjust(0.05, 0.3 / len(lines), 0.99, 1 - 0.1 / len(lines), 0, 0.1)
+            begin = np.arange(len(lines[0][1])) * (is_first.shape[1] + 1)  # of the sequences, side by side
+            row, start = is_first[: len(begin)].nonzero().T.numpy()
+            marks = {"lightgray": begin[row] + start, "green": begin + context - 0.5, "black": begin - 1}
+            grid = canvas.figure.subplots(len(lines), sharex=True, squeeze=False)[:, 0]
+            for ax, (name, x) in zip(grid, lines, strict=True):  # x (n, T, 2)
+                ax.plot(F.pad(x, (0, 0, 0, 1), value=math.nan).flatten(0, 1), label=["true", "predicted"])
+                ax.set(ylabel=name, xlim=(-1, begin[-1] + is_first.shape[1]))
+                for color, at in marks.items():
+                    ax.vlines(at, 0, 1, color, transform=ax.get_xaxis_transform())
+            grid[0].legend(loc="upper right")
+            canvas.draw()
+            plot = np.asarray(canvas.buffer_rgba())[..., :3]
+            writer.add_image("dream/vectors", plot, step, dataformats="HWC")
+            Image.fromarray(plot).save(path.with_suffix(".png"))
+    except OSError as error:
+        print(f"warning: no dream after {updates:,} updates, {error}: training goes on", flush=True)
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
@@ -912,7 +995,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
         args = parse(stored)
         args.resume = str(folder)
         free = "resume total_timesteps checkpoint_frequency log_frequency compile cuda save_model capture_video track"
-        free += " wandb_project_name wandb_entity eval_only eval_episodes eval_frequency" + " seed" * args.eval_only
+        free += " wandb_project_name wandb_entity eval_only eval_episodes eval_frequency video_frequency"
+        free += " seed" * args.eval_only
         for name, old in asdict(stored).items():
             flag, new = f"--{name.replace('_', '-')}", getattr(args, name)
             if name not in free.split():
@@ -1204,6 +1288,8 @@ def main(argv: list[str] | None = None) -> None:
             window.append(metrics)
             updates += 1
             owed -= 1
+            if args.video_frequency and updates % args.video_frequency == 0:
+                write_dream(agent, batch, folder, progress.writer, global_step, updates)
         updating += time.time() - start
 
         # log

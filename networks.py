@@ -423,7 +423,7 @@ class RSSM(nn.Module):
         first, inputs = (deter, stoch), (action, embed, is_first, u)
 
         def as_one_batch():
-            before = [torch.cat([x.unsqueeze(1), y.detach()[:, :-1]], 1) for x, y in zip(first, outs[:2], strict=True)]
+            before = [torch.cat([x.unsqueeze(1), y[:, :-1]], 1) for x, y in zip(first, states, strict=True)]
             with torch.autocast(device, torch.bfloat16) if half else nullcontext():
                 flat = self.observe_step(*(x.flatten(0, 1) for x in (*before, *inputs)))
             return [x.unflatten(0, batch) for x in flat]
@@ -436,6 +436,7 @@ class RSSM(nn.Module):
         fixed = {k: p.detach().to(dtype if p.ndim > 1 else p.dtype) for k, p in self.named_parameters()}
         with torch.autocast("cpu", enabled=False) if small else nullcontext():
             outs = torch.func.functional_call(self, fixed, (*first, action, embed.detach(), is_first, u, *taps))
+        states = [x.detach() for x in outs[:2]]  # as_one_batch holding outs would be a cycle that is never freed
         return outs
 
     def forward(self, deter, stoch, action, embed, is_first, u, *taps):

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from PIL import Image, ImageSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreamerv3
@@ -941,8 +942,8 @@ BAD = """--size 3m | --twohot log | --replay-windows all | --precision half | --
 --learning-starts 10 | --learning-starts 500000 | --buffer-size 10 | --buffer-size 100 --num-envs 2
 --clip -1 | --ent-coef nan | --replay-critic-scale -1 | --buffer-size 500 | --batch-size 2.5 | --free-nats inf
 --eval-only | --eval-episodes 0 | --eval-frequency -1 | --resume nowhere --eval-only
---checkpoint-frequency -1 | --log-frequency 0 | --resume nowhere | --env-id bad! | --env-id Taxi-v3
---env-id Pnog-v5 | --env-id ALE/Pongg-v5
+--checkpoint-frequency -1 | --video-frequency -1 | --log-frequency 0 | --resume nowhere | --env-id bad!
+--env-id Taxi-v3 | --env-id Pnog-v5 | --env-id ALE/Pongg-v5
 --env-id CartPole-v9 | --env-id nomodule:Thing-v0"""  # Taxi-v3 is deprecated
 
 
@@ -1161,7 +1162,7 @@ def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(program, tmp_path):
     assert not program(f"{CHAIN} --exp-name unbroken --total-timesteps 91 --train-ratio 12")
     assert not program(f"{CHAIN} --exp-name broken --total-timesteps 60 --train-ratio 12")
     broken, unbroken = (next(tmp_path.glob(f"runs/*__{name}__*")) for name in ("broken", "unbroken"))
-    assert not program(f"--resume {broken} --total-timesteps 91")
+    assert not program(f"--resume {broken} --total-timesteps 91 --video-frequency 6")
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (broken, unbroken))
     assert a["updates"] == b["updates"] == 19 and a["owed"] == b["owed"] == 0.125
     assert all(torch.equal(a["agent"][name], b["agent"][name]) for name in b["agent"])
@@ -1247,10 +1248,57 @@ def test_memory_is_constant(program, monkeypatch):
 
     monkeypatch.setattr(dreamerv3, "save_checkpoint", measure)
     flags = "--env-id CartPole-v1 --buffer-size 500 --total-timesteps 2500 --checkpoint-frequency 250 --train-ratio 3"
-    flags += " --log-frequency 250"
+    flags += " --log-frequency 250 --video-frequency 40"
     program(f"{QUICK} {flags}")
     memory, tensors = zip(*seen[4:], strict=True)
     assert len(seen) == 11 and max(tensors) == min(tensors) and memory[-1] - memory[0] < 4e6, seen
+
+
+def test_a_dream_is_the_posterior_then_the_prior_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(networks, "sample_index", lambda probs, u: probs.argmax(-1))
+    agent, _ = make_agent(SPECS)
+    batch = make_batch(agent, batch=5, length=8)
+    batch["is_first"][:] = torch.arange(8) == 1
+    batch["is_first"][0, 6] = True
+    obs, action, dream = batch["obs"], batch["prev_action"], dreamerv3.open_loop(agent, batch, context=3)
+    with torch.no_grad():
+        embed = agent.encoder(obs)
+        seen = agent.rssm.observe(batch["deter"], batch["stoch"], action, embed, batch["is_first"])
+        states = [(seen[0][:, t], seen[1][:, t]) for t in range(3)]
+        for t in range(3, 8):
+            before = [x.clone() for x in (*states[-1], action[:, t])]
+            for x in before if t == 6 else ():
+                x[0] = 0
+            states.append(agent.rssm.imagine_step(*before, torch.zeros(5, TINY.groups)))
+        recon, maps = agent.decoder(*(torch.stack(x, 1) for x in zip(*states, strict=True)))
+    image, truth = agent.decoder.pixels(maps, 5, 8)["image"], obs["image"] / 255
+    expected = {"image": torch.cat([truth, image, (image - truth + 1) / 2], 2)}
+    expected["vector"] = torch.stack([obs["vector"], networks.symexp(recon["vector"])], 2)
+    expected["discrete"] = torch.stack([obs["discrete"], recon["discrete"].argmax(-1)], 2).float()
+    for key in SPECS:
+        torch.testing.assert_close(dream[key], expected[key][:4], rtol=1e-4, atol=1e-5)
+    before = torch.get_rng_state()
+    dreamerv3.write_dream(agent, batch, tmp_path / "missing", None, 0, 7)
+    assert "no dream after 7 updates" in capsys.readouterr().out and torch.equal(torch.get_rng_state(), before)
+    dreamerv3.write_dream(agent, batch, tmp_path, dreamerv3.SummaryWriter(tmp_path), 0, 7)
+    with Image.open(tmp_path / "dreams" / "7.gif") as gif:  # the border tells context, prediction, episode start
+        colors = [gif.convert("RGB").getpixel((0, 0)) for _ in ImageSequence.Iterator(gif)]
+    names = {(False, True, False): "green", (True, False, False): "red", (True, True, True): "white"}
+    assert " ".join(names[tuple(x > 99 for x in c)] for c in colors) == "green white green green green red white red"
+
+
+def test_dreams_are_drawn(program):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert not program(f"{QUICK} --env-id DreamerEverything-v0 --total-timesteps 60 --video-frequency 5")
+    folder = run_folder(Path.cwd())
+    assert sorted(x.name for x in (folder / "dreams").iterdir()) == ["10.gif", "10.png", "5.gif", "5.png"]
+    with Image.open(folder / "dreams" / "10.gif") as gif, Image.open(folder / "dreams" / "10.png") as plot:
+        assert (gif.n_frames, gif.size, plot.size) == (8, (4 * 68, 3 * 64 + 4), (1280, 8 * 120))
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for tag, size in {"dream/images": (8 * 68, 4 * 196), "dream/vectors": (1280, 8 * 120)}.items():
+        assert [(e.width, e.height, e.step) for e in events.Images(tag)] == [(*size, 50), (*size, 60)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
