@@ -1356,8 +1356,13 @@ def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsy
     assert program(f"--resume {folder} --eval-only --batch-size 3") == 2
 
 
+def readme_snippet(word: str) -> str:
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    return next(code for code in (block.split("```")[0] for block in blocks) if word in code)
+
+
 def test_the_snippet_of_the_readme_plays_an_episode(program, capsys, tmp_path):
-    snippet = re.search(r"```python\n(.*?load_agent.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    snippet = readme_snippet("load_agent")
     assert len(snippet.splitlines()) <= 15
     program(f"{CHAIN} --total-timesteps 50 --save-model")
     (run_folder(tmp_path) / "model.pt").rename("model.pt")
@@ -1365,9 +1370,15 @@ def test_the_snippet_of_the_readme_plays_an_episode(program, capsys, tmp_path):
     assert capsys.readouterr().out.splitlines()[-1] == "return 15.0"
 
 
-@pytest.mark.parametrize("envs", [1, 2])
-def test_videos_show_every_step_of_an_episode(envs, program, tmp_path):
-    flags = f"--num-envs {envs} --total-timesteps 100 --capture-video --eval-frequency 100 --eval-episodes 1"
+def test_the_first_of_several_environments_is_filmed(tmp_path):
+    """In a process of its own: workers are forked, and this one has run threads."""
+    run(f"{FAST} --env-id CartPole-v1 --num-envs 2 --total-timesteps 120 --capture-video", tmp_path)
+    videos = {path.name for path in tmp_path.glob("videos/*/train-0/*.mp4")}
+    assert "rl-video-episode-0.mp4" in videos and videos <= {f"rl-video-episode-{i}.mp4" for i in (0, 1, 8)}
+
+
+def test_videos_show_every_step_of_an_episode(program, tmp_path):
+    flags = "--total-timesteps 100 --capture-video --eval-frequency 100 --eval-episodes 1"
     program(f"{QUICK} --env-id CartPole-v1 {flags}")
     folder = run_folder(tmp_path)
     assert not program(f"--resume {folder} --eval-only --eval-episodes 3")
@@ -1632,8 +1643,8 @@ def check_updates(golden):
 
 
 def test_the_speed_snippet_of_the_readme_runs(capsys):
-    snippet = re.search(r"```python\n(import time\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    assert snippet.count("\n") <= 20
+    snippet = readme_snippet("train_step")
+    assert len(snippet.splitlines()) <= 20
     exec(snippet.replace("compile=True", "compile=False").replace(", 5, (16, 64)", ", 1, (2, 4)"), {})
     assert re.search(r"^\d+\.\d after \d\.\d+ s$", capsys.readouterr().out, re.M)
 
