@@ -233,7 +233,7 @@ def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """conv5 on x upsampled 2x (nearest), as its four pixel phases: (N, C, h, w) -> (N, 4C', h, w).
 
     A pixel sees 3x3 different inputs: a phase is a 3x3 convolution with sums of the 5x5 taps. Exact, 36 % of the work.
-    Channels are ordered (row, column, channel): so every phase is norm's and loss's to take as it lies in memory.
+    Output channels are ordered (row, column, channel): a phase's channels lie together in memory, for norm and loss.
     """
     rows = [[[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]]
     taps = torch.tensor(rows, dtype=conv.weight.dtype, device=conv.weight.device)  # (phase, 3, 5)
@@ -415,8 +415,9 @@ class RSSM(nn.Module):
         """Filter sequences. deter (B, D), stoch (B, S, K): the state before the first step; action (B, T, A): the one
         *before* each step; embed (B, T, E); is_first (B, T) -> deter (B, T, D), stoch and logits (B, T, S, K).
 
-        The equation is the loop of `forward`. It runs with fixed weights, through which gradients flow from step to
-        step; those of the weights come from all steps as one batch (see LateGradients): a third less time at 12m.
+        The loop of `forward` is the equation. It runs on detached weights, so that its backward pass only carries
+        gradients from step to step; those of the weights come from all steps as one batch (see LateGradients), which
+        takes a third less time at 12m.
         """
         batch, device, half = is_first.shape, embed.device.type, embed.dtype == torch.bfloat16
         u = torch.rand(*batch, self.size.groups, device=device)  # (B, T, S)
