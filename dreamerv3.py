@@ -24,7 +24,8 @@ Time line. Step t holds what arrived at t and the action chosen on it; reward[t]
       is_terminal      0          0          1 or 0    0          0         0 when it was cut by a time limit
 
 Contents: 1 Args · 2 environments · 3 agent and policy · 4 world-model loss · 5 imagination · 6 lambda-return and return
-normalization · 7 actor and critic losses · 8 optimizer · 9 update · 10 evaluation, dreams, checkpoints · 11 main
+normalization · 7 actor and critic losses · 8 optimizer · 9 update · 10 evaluation, dreams, checkpoints · 11 main, alone
+or under torchrun
 """
 
 import copy
@@ -53,6 +54,7 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
@@ -87,15 +89,15 @@ class Args:
     capture_video: bool = False
     """record episodes of the first environment, and all of evaluations, into `videos/{run_name}`"""
     save_model: bool = False
-    """whether to save the final weights alone into `runs/{run_name}/model.pt`"""
+    """whether to save the weights alone too, into `runs/{run_name}/model.pt`"""
 
     # Environment
     env_id: str = "ALE/Pong-v5"
     """any Gymnasium id, `module:Id-v0` included"""
     total_timesteps: int = 400_000
-    """agent steps of the run, over all environments"""
+    """agent steps of the run, over all environments of all processes"""
     num_envs: int = 1
-    """parallel environments, in processes of their own when more than one"""
+    """parallel environments per training process, in processes of their own when more than one"""
     action_repeat: int = 0
     """environment steps per agent step; 0 means 4 (with max-pooling) for Atari and 1 for everything else"""
     image_size: int = 64
@@ -105,7 +107,7 @@ class Args:
     size: Literal["auto", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "auto"
     """model size by parameters; auto means 12m on CUDA and 1m on a CPU"""
     batch_size: int = 16
-    """B, sequences per update"""
+    """B, sequences per update and training process"""
     batch_length: int = 64
     """T, steps per sequence"""
     pred_scale: float = 1.0
@@ -282,6 +284,7 @@ class Adapter(gym.ObservationWrapper):
         return [leaf for key, child in items for leaf in Adapter.flatten(child, (*path, key))]
 
     def spec(self, key: str, space: gym.Space) -> ObsSpec:
+        """What the networks need to know of one leaf. Raises ValueError for other spaces."""
         counts = self.class_counts(space)
         if counts is not None:
             return ObsSpec(space.shape, int(counts.max()))
@@ -294,11 +297,13 @@ class Adapter(gym.ObservationWrapper):
 
     @staticmethod
     def flat_space(spec: ObsSpec) -> spaces.Box:
+        """The space that arrays of this spec come from."""
         if spec.dtype == "float32":
             return spaces.Box(-np.inf, np.inf, spec.shape)
         return spaces.Box(0, spec.classes - 1 if spec.classes else 255, spec.shape, np.dtype(spec.dtype))
 
     def observation(self, observation) -> dict[str, np.ndarray]:
+        """One flat array per key. Raises ValueError for an observation that is outside its space."""
         out = {}
         for key, (path, space) in self.leaves.items():
             x, spec = np.asarray(reduce(getitem, path, observation)), self.specs[key]
@@ -319,6 +324,7 @@ class Adapter(gym.ObservationWrapper):
         return out
 
     def step(self, action: np.ndarray):
+        """As Gymnasium's, for an action (components,) or (A,). Raises ValueError for what is not finite."""
         obs, reward, *rest = self.env.step(self.native_action(action))
         if not np.isfinite(np.float32(reward)):
             raise ValueError(f"reward {reward} is not a finite number")
@@ -586,6 +592,7 @@ class ReturnNorm(nn.Module):
 
     @property
     def scale(self) -> Tensor:
+        """S = max(1, hi - lo), a scalar."""
         return (self.hi - self.lo).clamp(min=1)
 
 
@@ -794,35 +801,32 @@ def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
 # === 10. Evaluation, dreams, checkpoints ==============================================================================
 
 
-def evaluate(
-    agent: Agent, args: Args, episodes: int, seed: int, videos: Path | None = None, stopped=lambda: False
-) -> list[float]:
+def evaluate(agent: Agent, args: Args, episodes: int, seed: int, videos: Path | None = None) -> list[float]:
     """Undiscounted returns of whole episodes in an environment of its own, whose first reset takes the seed.
 
-    The policy samples as in training. videos: a folder for one mp4 per episode. stopped: asked before every step,
-    True ends it early. Prints a line; changes neither the agent nor torch's random state.
+    The policy samples as in training. videos: a folder for one mp4 per episode. Prints a line; changes neither the
+    agent nor torch's random state.
     """
     env = make_env(args.env_id, args.image_size, args.action_repeat, videos is not None)
     env = record(env, videos, episode_trigger=lambda episode: True)
     device, returns = agent.return_norm.lo.device, []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        while len(returns) < episodes and not stopped():
+        while len(returns) < episodes:
             obs, _ = env.reset(seed=None if returns else seed)
             state = (*agent.rssm.initial(1), torch.zeros(1, agent.action.size, device=device))
             is_first, over = True, False
-            while not (over or stopped()):
+            while not over:
                 tensors = {key: torch.as_tensor(x[None]).to(device) for key, x in obs.items()}
                 action, state = policy(agent, tensors, state, torch.tensor([is_first], device=device))
                 action = stored_action(action, agent.action)[0].cpu().numpy()
                 obs, _, terminated, truncated, info = env.step(action)
                 is_first, over = False, terminated or truncated
-            returns += [float(info["episode"]["r"])] if over else []
+            returns.append(float(info["episode"]["r"]))
     env.close()
-    if len(returns) == episodes:
-        spread = f"mean {np.mean(returns):.1f}, std {np.std(returns):.1f}, min {min(returns):g}, max {max(returns):g}"
-        show = tqdm.write if sys.stderr.isatty() else print  # beside a progress bar
-        show(f"evaluation: {len(returns)} episodes of {args.env_id}, return {spread}")
+    spread = f"mean {np.mean(returns):.1f}, std {np.std(returns):.1f}, min {min(returns):g}, max {max(returns):g}"
+    show = tqdm.write if sys.stderr.isatty() else print  # beside a progress bar
+    show(f"evaluation: {episodes} episodes of {args.env_id}, return {spread}")
     return returns
 
 
@@ -1015,8 +1019,9 @@ def check_args(args: Args) -> None:
     numbers = " ".join(name for name, value in asdict(args).items() if not isinstance(value, str))
     positive = "total_timesteps num_envs batch_size learning_rate train_ratio log_frequency imagination_horizon clip"
     positive = f"{positive} eval_episodes"
-    window, batch = (args.batch_length + 1) * args.num_envs, args.batch_size * args.batch_length
-    per_env = f"{window}, (--batch-length + 1) * --num-envs, one window per environment"
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    window, batch = (args.batch_length + 1) * args.num_envs * world, args.batch_size * args.batch_length
+    per_env = f"{window}, (--batch-length + 1) * --num-envs{' * processes' * (world > 1)}, one window per environment"
     rules = [
         (numbers, lambda x: 0 <= x < math.inf, "at least 0"),
         (positive, lambda x: x > 0, "more than 0"),
@@ -1070,13 +1075,8 @@ def keep_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def existing(folder: Path) -> Path:
-    """The folder, or the closest one above it that exists."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def make_replay(args: Args, adapter: Adapter, folder: Path, capacity: int) -> Replay:
-    """The replay buffer of a run, in its folder or in RAM; makes the folder.
+def make_replay(args: Args, adapter: Adapter, folder: Path, capacity: int, rank: int) -> Replay:
+    """The replay buffer of one process of a run, in the run folder or in RAM; makes the folder.
 
     Exits with one line, leaving nothing behind, when the buffer does not fit or the folder cannot be written.
     """
@@ -1085,8 +1085,9 @@ def make_replay(args: Args, adapter: Adapter, folder: Path, capacity: int) -> Re
     layout["action"] = ((len(action.nvec),), np.int32) if action.nvec else ((action.size,), np.float32)
     layout |= {"reward": ((), np.float32), "deter": ((size.deter,), np.float16), "stoch": ((size.groups,), np.uint8)}
     step = Replay.bytes_per_step(layout)
-    where = folder / "replay" if args.persist_replay else None
-    free = shutil.disk_usage(existing(folder)).free if where else free_memory()
+    where = folder / f"replay{rank or ''}" if args.persist_replay else None
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free if where else free_memory()
     kind = "disk" if where else "memory"
     print(f"replay: {capacity:,} steps take {capacity * step / 1e9:.2f} GB of {free / 1e9:.1f} GB free {kind}")
     if not (where and where.exists()) and capacity * step > 0.8 * free:
@@ -1094,13 +1095,14 @@ def make_replay(args: Args, adapter: Adapter, folder: Path, capacity: int) -> Re
         fail(f"the replay buffer would take more than 80 % of what is free; --buffer-size {most} or less would fit")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, args.seed, where)
+        seed = args.seed + 1000 * rank
+        return Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, seed, where)
     except (OSError, ValueError, EOFError) as error:
         if not args.resume:
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):
                 os.removedirs(folder.parent)  # those that are empty
-        fail(f"cannot keep the replay buffer in {folder}: {error}")
+        fail(f"cannot write the run folder {folder}: {error}")
 
 
 def free_memory() -> int:
@@ -1130,17 +1132,22 @@ class Progress:
     A disk that takes no more records costs the records, not the run.
     """
 
-    def __init__(self, folder: Path, total: int, step: int, seconds: float):
+    def __init__(self, folder: Path, args: Args, step: int, seconds: float):
         self.begin, self.returns, self.lost, self.writer = time.time() - seconds, [], False, SummaryWriter(folder)
+        table = "|param|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", table, step)
         self.file = open(folder / "episodes.csv", "a", buffering=1)
         if not self.file.tell():
             self.file.write("global_step,frames,return,length,seconds\n")
         terminal = sys.stderr.isatty()
         layout = "{percentage:3.0f}% {n_fmt}/{total_fmt} steps | {rate_fmt}, {remaining} left | {desc}"
         wait = {"mininterval": 0.5 if terminal else 20, "maxinterval": 20, "miniters": 1, "smoothing": 0.1}
-        self.bar = tqdm(total=total, initial=step, unit=" steps", bar_format=layout + "\n" * (not terminal), **wait)
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=step, unit=" steps", bar_format=layout + "\n" * (not terminal), **wait
+        )
 
     def record(self, step: int, values: dict[str, float], row: str = "") -> None:
+        """Scalars of this agent step, and a row of episodes.csv."""
         try:
             self.file.write(row)
             for name, value in values.items():
@@ -1151,17 +1158,20 @@ class Progress:
             self.lost = True
 
     def episode(self, step: int, frames: int, score: float, length: int) -> None:
+        """A finished episode, its length in agent steps."""
         self.returns = [*self.returns[-19:], score]
         row = f"{step},{frames},{score:g},{length},{time.time() - self.begin:.1f}\n"
         self.record(step, {"charts/episodic_return": score, "charts/episodic_length": length}, row)
 
     def update(self, step: int, updates: int, first_update: int) -> None:
+        """Move the progress bar."""
         last, mean = (self.returns[-1], np.mean(self.returns)) if self.returns else (math.nan, math.nan)
         doing = f"{updates:,} updates" if updates else f"collecting {first_update:,} steps before the first update"
         self.bar.set_description_str(f"return last {last:.1f} mean {mean:.1f} | {doing}", refresh=False)
         self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
+        """Flush all records."""
         self.bar.close()
         with suppress(OSError):
             self.writer.close()
@@ -1172,7 +1182,7 @@ class Interrupt:
     """SIGINT and SIGTERM let the current step finish and the run be saved; a second one exits at once."""
 
     def __init__(self):
-        self.code = 0  # exit status: 128 + signal number
+        self.code, self.agreed = 0, 0  # exit status: 128 + signal number
         signal.signal(signal.SIGINT, self.handle)
         signal.signal(signal.SIGTERM, self.handle)
 
@@ -1182,13 +1192,67 @@ class Interrupt:
         self.code = 128 + number
         print("\nstopping: finishing this step and saving; once more to exit at once", flush=True)
 
+    def now(self) -> int:
+        """The exit status as soon as any rank is to stop, else 0."""
+        self.agreed = self.agreed or largest(self.code)
+        return self.agreed
+
+
+def join_ranks() -> tuple[int, int]:
+    """Under torchrun: rank and number of the processes that train together; else 0 and 1."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+    return dist.get_rank(), dist.get_world_size()
+
+
+def largest(value: int) -> int:
+    """The largest value of all ranks, which wait for each other here."""
+    if dist.is_initialized():
+        value = torch.tensor(value)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
+def update_together(agent: Agent, optimizer: LaProp) -> None:
+    """Make every update one of all ranks: the same weights, averaged gradients, the range of everyone's returns.
+
+    Losses are means over a rank's batch, so the average of the gradients is the gradient on all batches joined.
+    """
+
+    @torch.compiler.disable
+    def update_range(returns: Tensor) -> None:
+        parts = [torch.empty_like(returns) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, returns)
+        ReturnNorm.update(agent.return_norm, torch.cat(parts))
+
+    def average_gradients(*_) -> None:
+        grads = [p.grad for p in agent.trained()]
+        flat = torch.cat([g.flatten() for g in grads]) / dist.get_world_size()
+        dist.all_reduce(flat)
+        parts = flat.split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [x.view(g.shape) for x, g in zip(parts, grads, strict=True)])
+
+    for x in agent.state_dict().values():
+        dist.broadcast(x, 0)
+    agent.return_norm.update = update_range
+    optimizer.register_step_pre_hook(average_gradients)  # before clipping
+
 
 def main(argv: list[str] | None = None) -> None:
     """Train: act, store, step, update, log, checkpoint, evaluate. With --eval-only, only that."""
+    rank, world = join_ranks()
     args, resumed = parse_args(argv)
     device = choose_device(args)
-    folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    videos = Path("videos", folder.name) if args.capture_video else None
+    names = [args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"]
+    if world > 1:
+        dist.broadcast_object_list(names)  # the clocks may differ
+    folder = Path(names[0])
+    videos = Path("videos", folder.name) if args.capture_video and not rank else None
     if args.eval_only:
         agent = restore_agent(args, resumed, device)
         try:
@@ -1196,15 +1260,12 @@ def main(argv: list[str] | None = None) -> None:
         except Exception as error:  # whatever the environment raises
             sys.exit(f"dreamerv3.py: {args.env_id} failed: {type(error).__name__}: {' '.join(str(error).split())}")
         sys.exit()
-    parent = existing(folder)
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        fail(f"cannot write the run folder {folder}: {parent} is not a writable folder; start from one that is")
-    adapter = make_env(args.env_id, args.image_size, args.action_repeat, args.capture_video)
+    adapter = make_env(args.env_id, args.image_size, args.action_repeat, videos is not None)
     specs, action_spec, repeat = adapter.specs, adapter.action_spec, adapter.repeat
-    capacity = resumed["capacity"] if resumed else min(args.buffer_size, args.total_timesteps)
-    if args.track:
+    capacity = resumed["capacity"] if resumed else min(args.buffer_size, args.total_timesteps // world)
+    if args.track and not rank:
         track(args, folder.name)
-    replay = make_replay(args, adapter, folder, capacity)
+    replay = make_replay(args, adapter, folder, capacity, rank)
     envs = make_envs(args, adapter, videos and videos / f"train-{resumed['global_step'] if resumed else 0}")
     agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
     optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
@@ -1212,7 +1273,8 @@ def main(argv: list[str] | None = None) -> None:
     parts = " · ".join(f"{name} {n:,}" for name, n in counts.items() if n and name != "slow_critic")
     print(f"environment: {args.env_id}, {specs} -> {action_spec}")
     print(f"size: {args.size}, {sum(p.numel() for p in agent.trained()):,} parameters: {parts}")
-    update_steps = args.batch_size * args.batch_length / args.train_ratio  # agent steps per update
+    num_envs = args.num_envs * world
+    update_steps = args.batch_size * args.batch_length * world / args.train_ratio  # agent steps per update
     print(f"schedule: 1 update every {update_steps:g} agent steps, after the first {args.learning_starts:,}")
     print(f"run folder: {folder}", flush=True)
 
@@ -1221,13 +1283,14 @@ def main(argv: list[str] | None = None) -> None:
         try:
             agent.load_state_dict(resumed["agent"])
             optimizer.load_state_dict(resumed["optimizer"])
-            replay.load_state_dict(resumed["replay"])
+            if not rank:
+                replay.load_state_dict(resumed["replay"])
         except (KeyError, RuntimeError, ValueError) as error:  # torch names the tensors
             fail(f"--resume {folder} belongs to other spaces or another size: {str(error)[:300]}")
         torch.set_rng_state(resumed["torch_rng"])
         torch.cuda.set_rng_state_all(resumed["cuda_rng"][: torch.cuda.device_count()])
         global_step, updates, owed = resumed["global_step"], resumed["updates"], resumed["owed"]
-        stored = replay.now * args.num_envs
+        stored = -largest(-replay.now) * num_envs
         if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
             owed += max(0, stored - max(global_step, args.learning_starts)) / update_steps
             global_step = stored
@@ -1235,6 +1298,11 @@ def main(argv: list[str] | None = None) -> None:
         done = f"step {global_step:,} after {updates:,} updates"
         print(f"resumed at {done}, {len(replay):,} steps in the replay buffer{refill}", flush=True)
     first_update = args.learning_starts if len(replay) else global_step + args.learning_starts
+    seed = args.seed + 1000 * rank + global_step  # of the environments, and of the noise of other ranks
+    if world > 1:
+        update_together(agent, optimizer)
+    if rank:
+        torch.manual_seed(seed)
 
     def save() -> bool:
         check_finite(window, global_step, folder)  # a broken network never replaces a good checkpoint
@@ -1243,6 +1311,8 @@ def main(argv: list[str] | None = None) -> None:
         state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "seconds": time.time() - progress.begin}
         try:
             save_checkpoint(folder, state | {"global_step": global_step, "updates": updates, "owed": owed})
+            if args.save_model:
+                torch.save({"args": state["args"], "agent": state["agent"]}, folder / "model.pt")
             return True
         except (OSError, RuntimeError) as error:  # a full disk may be either in torch.save
             (folder / "checkpoint.tmp").unlink(missing_ok=True)  # it needs the space
@@ -1254,24 +1324,25 @@ def main(argv: list[str] | None = None) -> None:
         try:
             return call(*inputs, **options)
         except Exception as error:
-            save()
-            progress.close()
+            stop.code = stop.code or 1
+            stop.now()  # what the other ranks wait for, if there are any
+            if not rank:
+                save()
+                progress.close()
             envs.closed = True  # closing what is broken may fail again; worker processes end with this one
             why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'its process is gone'}"
             sys.exit(f"dreamerv3.py: {args.env_id} failed at step {global_step}, saved {folder}: {why}")
 
     stop = Interrupt()
-    progress = Progress(folder, args.total_timesteps, global_step, resumed["seconds"] if resumed else 0.0)
-    table = "|param|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-    progress.writer.add_text("hyperparameters", table, global_step)
+    progress = None if rank else Progress(folder, args, global_step, resumed["seconds"] if resumed else 0.0)
     to_compile, window, updating, began = args.compile, [], 0.0, (time.time(), global_step, updates)
 
-    obs, _ = attempt(envs.reset, seed=args.seed + global_step)
+    obs, _ = attempt(envs.reset, seed=seed)
     reward = np.zeros(args.num_envs, np.float32)
     terminated = truncated = np.zeros(args.num_envs, bool)
     is_first = np.ones(args.num_envs, bool)
     state = (*agent.rssm.initial(args.num_envs), torch.zeros(args.num_envs, action_spec.size, device=device))
-    while global_step < args.total_timesteps and not stop.code:
+    while global_step < args.total_timesteps and not stop.now():
         # act on what arrived, and store it with the action and the latent
         tensors = {key: torch.as_tensor(x).to(device) for key, x in obs.items()}
         action, state = policy(agent, tensors, state, torch.as_tensor(is_first).to(device))
@@ -1281,20 +1352,17 @@ def main(argv: list[str] | None = None) -> None:
         step |= {"is_last": terminated | truncated, "is_terminal": terminated}
         step |= {"deter": state[0].cpu().numpy(), "stoch": state[1].argmax(-1).cpu().numpy()}
         replay.add(step)
-        global_step += args.num_envs
+        global_step += num_envs
 
         # the environment's turn; after a last step it ignores the action and resets
         is_first = step["is_last"]
         obs, reward, terminated, truncated, infos = attempt(envs.step, action)
-        for i in np.flatnonzero(infos.get("_episode", [])):
-            score, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
-            progress.episode(global_step, global_step * repeat, score, length)
 
         # train what is owed
         start = time.time()
         if global_step > first_update:
-            owed += args.num_envs / update_steps
-        while owed >= 1 and not stop.code:
+            owed += num_envs / update_steps
+        while owed >= 1 and not stop.now():
             batch, index = replay.sample(args.batch_size)
             batch = batch_to_device(batch, agent, device)
             if to_compile:
@@ -1305,13 +1373,19 @@ def main(argv: list[str] | None = None) -> None:
             window.append(metrics)
             updates += 1
             owed -= 1
-            if args.video_frequency and updates % args.video_frequency == 0:
+            if args.video_frequency and updates % args.video_frequency == 0 and not rank:
                 write_dream(agent, batch, folder, progress.writer, global_step, updates)
         updating += time.time() - start
 
-        # log
+        # log, save, evaluate: rank 0 does
+        if rank:
+            window = []
+            continue
+        for i in np.flatnonzero(infos.get("_episode", [])):
+            score, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
+            progress.episode(global_step, global_step * repeat, score, length)
         progress.update(global_step, updates, first_update)
-        if window and global_step % args.log_frequency < args.num_envs:
+        if window and global_step % args.log_frequency < num_envs:
             check_finite(window, global_step, folder)
             now = time.time()
             seconds = now - began[0]
@@ -1319,27 +1393,27 @@ def main(argv: list[str] | None = None) -> None:
             values |= {"charts/SPS": (global_step - began[1]) / seconds, "charts/updates": updates}
             values |= {"charts/updates_per_second": (updates - began[2]) / seconds}
             values |= {"charts/frames": global_step * repeat, "charts/time_share_update": updating / seconds}
-            values |= {"charts/train_ratio": updates * args.batch_size * args.batch_length / global_step}
+            values |= {"charts/train_ratio": updates * args.batch_size * args.batch_length * world / global_step}
             progress.record(global_step, values)
             window, updating, began = [], 0.0, (now, global_step, updates)
-        if args.checkpoint_frequency and global_step % args.checkpoint_frequency < args.num_envs:
+        if args.checkpoint_frequency and global_step % args.checkpoint_frequency < num_envs:
             save()
-        if args.eval_frequency and global_step % args.eval_frequency < args.num_envs:
-            options = {"videos": videos and videos / f"eval-{global_step}", "stopped": lambda: stop.code}
-            returns = attempt(evaluate, agent, args, args.eval_episodes, args.seed + global_step, **options)
-            if not stop.code:  # else cut short, and short episodes would count for more
-                progress.record(global_step, {"eval/episodic_return": np.mean(returns)})
+        if args.eval_frequency and global_step % args.eval_frequency < num_envs:
+            save()  # evaluations may take minutes, and who stops the program may not wait for their end
+            films = videos and videos / f"eval-{global_step}"
+            returns = attempt(evaluate, agent, args, args.eval_episodes, args.seed + global_step, films)
+            progress.record(global_step, {"eval/episodic_return": np.mean(returns)})
 
-    saved = save()
-    if args.save_model and saved:
-        torch.save({"args": asdict(args), "agent": agent.state_dict()}, folder / "model.pt")
-    progress.close()
     envs.close()
+    if rank:
+        sys.exit(stop.agreed)
+    saved = save()
+    progress.close()
     if args.track and videos:
         require("wandb", "--track").save(f"{videos}/*/*.mp4", policy="now")
-    if stop.code:
+    if stop.agreed:
         print(f"stopped at step {global_step:,}; go on with: python dreamerv3.py --resume {folder}")
-    sys.exit(stop.code or not saved)
+    sys.exit(stop.agreed or not saved)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,12 @@ class ObsSpec(NamedTuple):
 
     @property
     def is_image(self) -> bool:
+        """Whether convolutions see it; everything else is a vector."""
         return self.classes == 0 and len(self.shape) == 3
 
     @property
     def dtype(self) -> str:
+        """Of its arrays and tensors, by NumPy's and torch's name."""
         return "uint8" if self.is_image else "int32" if self.classes else "float32"
 
     @property
@@ -136,6 +138,7 @@ class OneHot:
         self.log_probs = self.probs.log() if unimix else logits.log_softmax(-1)
 
     def detach(self) -> "OneHot":
+        """The same distribution without gradients."""
         fixed = object.__new__(OneHot)
         fixed.probs, fixed.log_probs = self.probs.detach(), self.log_probs.detach()
         return fixed
@@ -146,9 +149,11 @@ class OneHot:
         return one_hot(sample_index(probs, u), probs.shape[-1]) + (self.probs - probs)
 
     def log_prob(self, onehot: Tensor) -> Tensor:
+        """ln p of a one-hot (…, K): (…,)."""
         return (self.log_probs * onehot).sum(-1)
 
     def entropy(self) -> Tensor:
+        """In nats, (…,)."""
         return -(self.probs * self.log_probs).sum(-1)
 
     def kl(self, other: "OneHot") -> Tensor:
@@ -157,7 +162,10 @@ class OneHot:
 
 
 class MultiOneHot:
-    """Independent categoricals, one per action component; an action is their one-hot vectors side by side (…, A)."""
+    """Independent categoricals, one per action component; an action is their one-hot vectors side by side (…, A).
+
+    Methods as OneHot's: sample(u (…, components)) -> (…, A), log_prob(action (…, A)) and entropy() -> (…,), summed.
+    """
 
     def __init__(self, logits: list[Tensor], unimix: float):
         self.parts = [OneHot(x, unimix) for x in logits]
@@ -174,7 +182,10 @@ class MultiOneHot:
 
 
 class Normal:
-    """Diagonal normal over the last axis; samples are mean + std * noise, not squashed."""
+    """Diagonal normal over the last axis; samples are mean + std * noise (…, A), not squashed.
+
+    Methods as OneHot's: sample(standard normal noise (…, A)) -> (…, A), log_prob(action) and entropy() -> (…,), summed.
+    """
 
     def __init__(self, mean: Tensor, std: Tensor):
         self.mean, self.std = mean, std
@@ -203,6 +214,7 @@ def init(layer: nn.Module, fan_in: int, outscale: float = 1.0) -> nn.Module:
 
 
 def linear(inputs: int, outputs: int, outscale: float = 1.0) -> nn.Linear:
+    """(…, inputs) -> (…, outputs), initialized by `init`."""
     return init(nn.Linear(inputs, outputs), inputs, outscale)
 
 

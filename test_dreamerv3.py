@@ -1326,13 +1326,6 @@ def test_evaluations_leave_training_bit_identical(program, tmp_path, capsys):
     assert any(b"|eval_frequency|30|" in file.read_bytes() for file in evaluated.glob("events*"))  # hyperparameters
 
 
-def test_an_interrupted_evaluation_ends_at_once(capsys):
-    agent, args = make_agent({"obs": ObsSpec((1,))}, ActionSpec((4,), 4), env_id="DreamerChain-v0")
-    asked = iter(range(99))
-    assert dreamerv3.evaluate(agent, args, 9, seed=0, stopped=lambda: next(asked) > 8) == [15.0]
-    assert not capsys.readouterr().out and next(asked) < 14
-
-
 def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsys, tmp_path):
     flags = "--total-timesteps 60 --checkpoint-frequency 50 --save-model --learning-rate 0.01 --warmup-updates 1"
     program(f"{QUICK} --env-id CartPole-v1 {flags}")
@@ -1658,3 +1651,58 @@ def test_compiled_updates_equal_the_official_ones(path, argmax_sampling, monkeyp
     dreamerv3.compile_functions(golden.agent, golden.batch(), golden.args)
     assert networks.RSSM.observe_step is not PLAIN_STEP, "fell back to eager mode"
     check_updates(golden)
+
+
+# === data-parallel training ===========================================================================================
+
+
+def three_updates(rank: int, world: int, folder: Path) -> None:
+    """Process `rank` of `world`: updates on its share of four sequences; saves the last gradients and all weights."""
+    torch.rand = lambda *shape, device=None: torch.full(shape, 0.4, device=device)  # the same noise for every sequence
+    torch.manual_seed(rank)  # the weights of rank 0 count
+    agent, args = make_agent(SPECS)
+    for p in agent.parameters():
+        p.data += 0.05 * torch.randn_like(p)  # returns are not all 0
+    optimizer = dreamerv3.LaProp(agent.trained(), 1e-3, warmup=1)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+        dreamerv3.update_together(agent, optimizer)
+    rows = slice(4 * rank // world, 4 * (rank + 1) // world)
+    for seed in range(3):
+        batch = make_batch(agent, 4, 6, seed)
+        share = {k: {key: x[rows] for key, x in v.items()} if k == "obs" else v[rows] for k, v in batch.items()}
+        dreamerv3.train_step(agent, optimizer, share, args)
+    grads = {f"gradient of {name}": p.grad for name, p in agent.named_parameters() if p.requires_grad}
+    torch.save(agent.state_dict() | grads, folder / f"{rank}of{world}.pt")
+
+
+def test_two_processes_make_the_updates_of_one_on_the_joined_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "rand", torch.rand)  # put back afterwards
+    three_updates(0, 1, tmp_path)
+    torch.multiprocessing.spawn(three_updates, (2, tmp_path), nprocs=2)
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("0of1", "0of2", "1of2"))
+    assert alone["return_norm.hi"] - alone["return_norm.lo"] > 1e-4
+    for name, x in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        assert (first[name] - x).norm() <= 1e-4 * x.norm() + 1e-6, name
+
+
+def test_torchrun_trains_logs_once_and_resumes(tmp_path):
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 {ROOT / 'dreamerv3.py'}"
+
+    def output(flags: str) -> str:
+        return subprocess.run(
+            [*torchrun.split(), *flags.split()], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        ).stdout
+
+    text = output(f"{FAST} --env-id CartPole-v1 --seed 3 --total-timesteps 150 --checkpoint-frequency 20")
+    assert text.count("run folder: ") == 1 and "1 update every 8 agent steps" in text  # both processes' steps
+    folder = run_folder(tmp_path)
+    state = torch.load(folder / "checkpoint.pt")
+    assert state["global_step"] == 150 and state["updates"] == (150 - 64) // 8
+    steps = [np.load(folder / name / "obs.obs.npy")[0, :75] for name in ("replay", "replay1")]
+    assert len(steps[0]) == 75 and not (steps[0] == steps[1]).all(-1).any()  # environments of their own
+    (folder / "checkpoint_previous.pt").rename(folder / "checkpoint.pt")  # as if killed after the one of step 140
+    text = output(f"--resume {folder} --total-timesteps 160")
+    assert text.count("resumed at step 150 after 9 updates") == 1
+    assert torch.load(folder / "checkpoint.pt")["updates"] == 12 and len(scalars(folder)["charts/updates"]) > 0
