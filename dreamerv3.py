@@ -582,11 +582,12 @@ class ReturnNorm(nn.Module):
         self.rate = rate
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
+        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
 
     @torch.no_grad()
     def update(self, returns: Tensor) -> None:
         """Move towards the percentiles of returns (any shape)."""
-        lo, hi = torch.quantile(returns, torch.tensor([0.05, 0.95], device=returns.device))
+        lo, hi = torch.quantile(returns, self.percentiles)
         self.lo.lerp_(lo, self.rate)
         self.hi.lerp_(hi, self.rate)
 

@@ -247,9 +247,14 @@ def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     A pixel sees 3x3 different inputs: a phase is a 3x3 convolution with sums of the 5x5 taps. Exact, 36 % of the work.
     Output channels are ordered (row, column, channel): a phase's channels lie together in memory, for norm and loss.
     """
-    rows = [[[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]]
-    taps = torch.tensor(rows, dtype=conv.weight.dtype, device=conv.weight.device)  # (phase, 3, 5)
-    kernel = torch.einsum("aip,bjq,ocpq->abocij", taps, taps, conv.weight).flatten(0, 2)  # (4C', C, 3, 3)
+
+    def fold(w: Tensor) -> Tensor:
+        """(…, 5) -> (phase, …, 3): the taps that fall on the same input, seen from its first and its second pixel."""
+        a, b, c, d, e = w.unbind(-1)
+        return torch.stack([torch.stack([a + b, c + d, e], -1), torch.stack([a, b + c, d + e], -1)])
+
+    kernel = fold(fold(conv.weight).transpose(-1, -2)).transpose(-1, -2)  # (row, column, C', C, 3, 3)
+    kernel = kernel.flatten(0, 2)  # (4C', C, 3, 3)
     return F.conv2d(x, kernel, conv.bias.repeat(4), padding=1)
 
 
