@@ -1143,38 +1143,58 @@ def golden_files() -> list[Path]:
     return sorted(Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden")).glob("*.npz"))
 
 
+# ours=official; "#" is a digit, and a layer followed by a norm is known by one name, as in enc/mlp0 and enc/mlp0norm
+NAMES = """encoder.mlp.#=enc/mlp# encoder.convs.#=enc/cnn# encoder.norms.#=enc/cnn#norm
+rssm.in_deter=dyn/dynin0 rssm.in_stoch=dyn/dynin1 rssm.in_action=dyn/dynin2 rssm.hid=dyn/dynhid0
+rssm.hid_norm=dyn/dynhid0norm rssm.gru=dyn/dyngru rssm.post.0=dyn/obs0 rssm.post.1=dyn/obslogit
+rssm.prior.0=dyn/prior0 rssm.prior.1=dyn/prior1 rssm.prior.2=dyn/priorlogit
+decoder.mlp.#.0=dec/mlp/linear# decoder.mlp.#.1=dec/mlp/norm#
+decoder.from_deter=dec/sp0 decoder.from_stoch.0=dec/sp1 decoder.from_stoch.1=dec/sp2 decoder.norms.0=dec/spnorm
+decoder.convs.0=dec/conv2 decoder.convs.1=dec/conv1 decoder.convs.2=dec/conv0 decoder.convs.3=dec/imgout
+decoder.norms.1=dec/conv2norm decoder.norms.2=dec/conv1norm decoder.norms.3=dec/conv0norm
+reward.0.#.0=rew/mlp/linear# reward.0.#.1=rew/mlp/norm# reward.1=rew/head/logits
+cont.0.#.0=con/mlp/linear# cont.0.#.1=con/mlp/norm# cont.1=con/head/logit
+critic.0.#.0=val/mlp/linear# critic.0.#.1=val/mlp/norm# critic.1=val/head/logits
+slow_critic.0.#.0=slowval/mlp/linear# slow_critic.0.#.1=slowval/mlp/norm# slow_critic.1=slowval/head/logits
+actor.mlp.#.0=pol/mlp/linear# actor.mlp.#.1=pol/mlp/norm#"""
+
+
+def official_names(agent: Agent) -> dict[str, torch.nn.Parameter]:
+    """Official name -> our parameter, for every parameter."""
+    pairs, names = [pair.split("=") for pair in NAMES.split()], {}
+    for i, key in enumerate(agent.decoder.vectors):
+        pairs.append((f"decoder.outs.{i}", f"dec/vec/{key}/{'logits' if agent.specs[key].classes else 'pred'}"))
+    for i, out in enumerate(("logits",) if agent.action.nvec else ("mean", "stddev")):
+        pairs.append((f"actor.outs.{i}", f"pol/head/action/{out}"))
+    for name, parameter in agent.named_parameters():
+        for ours, official in pairs:
+            pattern = ours.replace(".", r"\.").replace("#", r"(\d)")
+            name = re.sub(rf"^{pattern}\b", official.replace("#", r"\1"), name)
+        name = re.sub(r"\.1\.scale$", "norm/scale", name)
+        name = re.sub(r"(\.0)?\.(weight|bias|scale)$", r"/\2", name)
+        names[name.replace("/weight", "/kernel")] = parameter
+    return names
+
+
 class Golden:
-    """One golden file: a network with the official weights, its batch, and the mapping between the two namings."""
+    """One golden file: a network with the official weights, its batch, and comparisons with the official numbers."""
 
     def __init__(self, path: Path):
         self.data = dict(np.load(path))
-        hyper = ast.literal_eval(str(self.data["meta/hyper"]))
-        self.hyper, dims = hyper, hyper["dims"]
-        self.size = networks.Size(
-            *(dims[k] for k in ("deter", "hidden", "units", "classes", "depth", "stoch", "blocks"))
-        )
-        self.specs = {
-            key: networks.ObsSpec(tuple(value[2]), value[1])
-            if value[:1] == ("discrete",)
-            else networks.ObsSpec(tuple(value))
-            for key, value in hyper["obs"].items()
-        }
+        self.hyper = hyper = ast.literal_eval(str(self.data["meta/hyper"]))
+        specs = {k: ObsSpec(v[2], v[1]) if v[0] == "discrete" else ObsSpec(tuple(v)) for k, v in hyper["obs"].items()}
         kind, n = hyper["act"][:2]
-        self.action = networks.ActionSpec((n,) if kind == "discrete" else (), n)
-        self.args = Args(
-            imagination_horizon=hyper["imag_length"],
-            actor_unimix=0.0,
-            learning_rate=hyper["lr"],
-            warmup_updates=hyper["warmup"],
-            precision="float32",
-        )
-        self.agent = Agent(self.specs, self.action, self.size, self.args)
-        self.names = dict(self.pairs())
+        action = ActionSpec((n,) if kind == "discrete" else (), n)
+        size = Size(*(hyper["dims"][k] for k in "deter hidden units classes depth stoch blocks".split()))
+        flags = {"imagination_horizon": hyper["imag_length"], "actor_unimix": 0.0, "precision": "float32"}
+        self.args = Args(**flags, learning_rate=hyper["lr"], warmup_updates=hyper["warmup"])
+        self.agent = Agent(specs, action, size, self.args)
+        self.names = official_names(self.agent)
         with torch.no_grad():
             for name, parameter in self.names.items():
                 parameter.copy_(self.convert(f"params/{name}", parameter.shape))
-            self.agent.return_norm.lo.fill_(float(self.data["params/retnorm/lo/value"]))
-            self.agent.return_norm.hi.fill_(float(self.data["params/retnorm/hi/value"]))
+            for name in ("lo", "hi"):
+                getattr(self.agent.return_norm, name).fill_(float(self.data[f"params/retnorm/{name}/value"]))
 
     def convert(self, key: str, shape) -> torch.Tensor:
         """An official array in the layout of our parameter of this shape."""
@@ -1185,71 +1205,21 @@ class Golden:
             return x.reshape(x.shape[0], -1).T
         return x.reshape(shape)
 
-    def pairs(self):
-        """(official name, our parameter), for every parameter."""
-
-        def linear(name, module):
-            yield f"{name}/kernel", module.weight
-            yield f"{name}/bias", module.bias
-
-        def dense(name, norm, module):
-            yield from linear(name, module[0])
-            yield f"{norm}/scale", module[1].scale
-
-        def mlp(name, module):
-            for i, layer in enumerate(module):
-                yield from dense(f"{name}/linear{i}", f"{name}/norm{i}", layer)
-
-        agent, rssm = self.agent, self.agent.rssm
-        for i, layer in enumerate(getattr(agent.encoder, "mlp", [])):
-            yield from dense(f"enc/mlp{i}", f"enc/mlp{i}norm", layer)
-        for i, conv in enumerate(getattr(agent.encoder, "convs", [])):
-            yield from linear(f"enc/cnn{i}", conv)
-            yield f"enc/cnn{i}norm/scale", agent.encoder.norms[i].scale
-        for i, layer in enumerate((rssm.in_deter, rssm.in_stoch, rssm.in_action)):
-            yield from dense(f"dyn/dynin{i}", f"dyn/dynin{i}norm", layer)
-        yield from linear("dyn/dynhid0", rssm.hid)
-        yield "dyn/dynhid0norm/scale", rssm.hid_norm.scale
-        yield from linear("dyn/dyngru", rssm.gru)
-        yield from dense("dyn/obs0", "dyn/obs0norm", rssm.post[0])
-        yield from linear("dyn/obslogit", rssm.post[1])
-        yield from dense("dyn/prior0", "dyn/prior0norm", rssm.prior[0])
-        yield from dense("dyn/prior1", "dyn/prior1norm", rssm.prior[1])
-        yield from linear("dyn/priorlogit", rssm.prior[2])
-        if agent.decoder.vectors:
-            yield from mlp("dec/mlp", agent.decoder.mlp)
-            for key, out in zip(agent.decoder.vectors, agent.decoder.outs, strict=True):
-                yield from linear(f"dec/vec/{key}/{'logits' if self.specs[key].classes else 'pred'}", out)
-        if agent.decoder.images:
-            yield from linear("dec/sp0", agent.decoder.from_deter)
-            yield from dense("dec/sp1", "dec/sp1norm", agent.decoder.from_stoch[0])
-            yield from linear("dec/sp2", agent.decoder.from_stoch[1])
-            for norm, name in zip(agent.decoder.norms, ("spnorm", "conv2norm", "conv1norm", "conv0norm"), strict=True):
-                yield f"dec/{name}/scale", norm.scale
-            for conv, name in zip(agent.decoder.convs, ("conv2", "conv1", "conv0", "imgout"), strict=True):
-                yield from linear(f"dec/{name}", conv)
-        heads = {"rew": (agent.reward, "logits"), "con": (agent.cont, "logit")}
-        heads |= {"val": (agent.critic, "logits"), "slowval": (agent.slow_critic, "logits")}
-        for name, (head, out) in heads.items():
-            yield from mlp(f"{name}/mlp", head[0])
-            yield from linear(f"{name}/head/{out}", head[1])
-        yield from mlp("pol/mlp", agent.actor.mlp)
-        outs = ("logits",) if self.action.nvec else ("mean", "stddev")
-        for out, module in zip(outs, agent.actor.outs, strict=True):
-            yield from linear(f"pol/head/action/{out}", module)
-
     def batch(self) -> dict:
         """The training steps 1..T; step 0 gives the first action and latent."""
-        data = {k: torch.from_numpy(np.array(v)) for k, v in self.data.items() if k.startswith("batch/")}
-        batch = {k: data[f"batch/{k}"][:, 1:] for k in ("reward", "is_first", "is_last", "is_terminal")}
-        batch["obs"] = {key: data[f"batch/{key}"][:, 1:] for key in self.specs}
-        action = data["batch/action"][:, :-1]
-        batch["prev_action"] = dreamerv3.flat_action(action.unsqueeze(-1) if self.action.nvec else action, self.action)
-        batch["deter"], batch["stoch"] = data["batch/dyn/deter"][:, 0], data["batch/dyn/stoch"][:, 0]
+        agent, data = self.agent, {k[6:]: torch.from_numpy(v) for k, v in self.data.items() if k.startswith("batch/")}
+        batch = {k: data[k][:, 1:] for k in ("reward", "is_first", "is_last", "is_terminal")}
+        batch["obs"] = {key: data[key][:, 1:] for key in agent.specs}
+        action = data["action"][:, :-1]
+        batch["prev_action"] = dreamerv3.flat_action(action[..., None] if agent.action.nvec else action, agent.action)
+        batch["deter"], batch["stoch"] = data["dyn/deter"][:, 0], data["dyn/stoch"][:, 0]
         return batch
 
-    def close(self, key: str, value: torch.Tensor) -> None:
-        np.testing.assert_allclose(value.detach().numpy(), self.data[key], rtol=1e-4, atol=1e-5, err_msg=key)
+    def close(self, prefix: str, /, **values: torch.Tensor) -> None:
+        """Compare with the arrays of these names."""
+        for name, value in values.items():
+            x, key = value.detach().numpy(), f"{prefix}{name}"
+            np.testing.assert_allclose(x, self.data[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
 @pytest.fixture
@@ -1279,55 +1249,44 @@ def test_golden_forward(path, argmax_sampling):
     golden = Golden(path)
     agent, batch, args = golden.agent, golden.batch(), golden.args
     losses, deter, stoch, outputs = dreamerv3.world_model_loss(agent, batch, args)
-    feat = dreamerv3.get_feat(deter, stoch)
-    golden.close("out/tokens", outputs["embed"])
-    golden.close("out/post_logit", outputs["post"])
-    golden.close("out/prior_logit", outputs["prior"])
-    golden.close("out/deter", deter)
-    golden.close("out/stoch", stoch)
-    golden.close("out/reward_logits", outputs["reward"])
-    golden.close("out/reward_pred", agent.twohot.mean(outputs["reward"]))
-    golden.close("out/continue_prob", outputs["cont"].sigmoid())
-    golden.close("out/value_pred", agent.twohot.mean(agent.critic(feat)))
-    dist = agent.actor(feat)
-    if golden.action.nvec:
-        golden.close("out/policy_logits", agent.actor.outs[0](agent.actor.mlp(feat)))
+    feat, obs = dreamerv3.get_feat(deter, stoch), batch["obs"]
+    golden.close("out/", tokens=outputs["embed"], post_logit=outputs["post"], prior_logit=outputs["prior"])
+    golden.close("out/", deter=deter, stoch=stoch, reward_logits=outputs["reward"])
+    golden.close("out/", reward_pred=agent.twohot.mean(outputs["reward"]), continue_prob=outputs["cont"].sigmoid())
+    golden.close("out/", value_pred=agent.twohot.mean(agent.critic(feat)))
+    if agent.action.nvec:
+        golden.close("out/", policy_logits=agent.actor.outs[0](agent.actor.mlp(feat)))
     else:
-        golden.close("out/policy_mean", dist.mean)
-        golden.close("out/policy_std", dist.std)
-    for key, recon in outputs["recon"].items():
-        golden.close(f"out/recon_{key}", recon)
-        golden.close(f"out/loss/{key}", dreamerv3.vector_loss(recon, batch["obs"][key]))
+        golden.close("out/", policy_mean=agent.actor(feat).mean, policy_std=agent.actor(feat).std)
+    recon, recon_losses = outputs["recon"], {}
+    for key, x in recon.items():
+        recon_losses[key] = dreamerv3.vector_loss(x, obs[key])
     if agent.decoder.images:
-        for key, image in agent.decoder.pixels(outputs["maps"], *deter.shape[:2]).items():
-            golden.close(f"out/recon_{key}", image)
-            golden.close(f"out/loss/{key}", (image - batch["obs"][key] / 255).square().sum((2, 3, 4)))
-    recon_total = sum(golden.data[f"out/loss/{key}"] for key in golden.specs)
-    np.testing.assert_allclose(losses["recon"].detach(), recon_total, rtol=1e-4, atol=1e-5)
-    for ours, official in {"reward": "rew", "continue": "con", "dyn": "dyn", "rep": "rep"}.items():
-        golden.close(f"out/loss/{official}", losses[ours])
+        images = agent.decoder.pixels(outputs["maps"], *deter.shape[:2])
+        recon_losses |= {key: (x - obs[key] / 255).square().sum((2, 3, 4)) for key, x in images.items()}
+        recon = recon | images
+    golden.close("out/recon_", **recon)
+    golden.close("out/loss/", **recon_losses)
+    torch.testing.assert_close(losses["recon"], sum(recon_losses.values()), rtol=1e-4, atol=1e-5)
+    golden.close("out/loss/", rew=losses["reward"], con=losses["continue"], dyn=losses["dyn"], rep=losses["rep"])
 
-    horizon, deters = args.imagination_horizon, agent.size.deter
+    horizon, deters, lead = args.imagination_horizon, agent.size.deter, deter.shape[:2]
     imagined, actions = dreamerv3.imagine(agent, deter.flatten(0, 1), stoch.flatten(0, 1), horizon)
-    golden.close("out/imag_deter", imagined[:, 1:, :deters])
-    golden.close("out/imag_stoch", imagined[:, 1:, deters:].unflatten(-1, stoch.shape[-2:]))
-    stored = dreamerv3.stored_action(actions, golden.action)
-    golden.close("out/imag_action", (stored.squeeze(-1) if golden.action.nvec else stored)[:, :horizon].float())
+    imagined_stoch = imagined[:, 1:, deters:].unflatten(-1, stoch.shape[-2:])
+    golden.close("out/imag_", deter=imagined[:, 1:, :deters], stoch=imagined_stoch)
+    stored = dreamerv3.stored_action(actions, agent.action)[:, :horizon].float()
+    golden.close("out/imag_", action=stored.squeeze(-1) if agent.action.nvec else stored)
 
     behavior, returns, metrics = dreamerv3.actor_critic_loss(agent, imagined, actions, args)
-    golden.close("out/loss/policy", behavior["actor"].unflatten(0, deter.shape[:2]))
-    golden.close("out/loss/value", behavior["critic"].unflatten(0, deter.shape[:2]))
-    golden.close("out/retnorm/lo", agent.return_norm.lo)
-    golden.close("out/retnorm/hi", agent.return_norm.hi)
-    golden.close("out/metrics/tar", metrics["behavior/return_mean"])
-    golden.close("out/metrics/ret", ((returns - agent.return_norm.lo) / agent.return_norm.scale).mean())
-    golden.close("out/metrics/rew", metrics["behavior/reward_mean"])
-    golden.close("out/metrics/con", metrics["behavior/continue_mean"])
-    golden.close("out/metrics/val", metrics["behavior/value_mean"])
-    golden.close("out/metrics/adv_mag", metrics["behavior/advantage_mag"])
-    golden.close("out/metrics/ent/action", metrics["behavior/actor_entropy"])
-    boot = returns[:, 0].unflatten(0, deter.shape[:2])
-    golden.close("out/loss/repval", dreamerv3.replay_critic_loss(agent, feat, batch, boot, args))
+    norm, boot = agent.return_norm, returns[:, 0].unflatten(0, lead)
+    replayed = dreamerv3.replay_critic_loss(agent, feat, batch, boot, args)
+    policy, value = (behavior[name].unflatten(0, lead) for name in ("actor", "critic"))
+    golden.close("out/loss/", policy=policy, value=value, repval=replayed)
+    golden.close("out/retnorm/", lo=norm.lo, hi=norm.hi)
+    golden.close("out/metrics/", ret=((returns - norm.lo) / norm.scale).mean(), tar=metrics["behavior/return_mean"])
+    names = {"reward_mean": "rew", "continue_mean": "con", "value_mean": "val"}
+    names |= {"advantage_mag": "adv_mag", "actor_entropy": "ent/action"}
+    golden.close("out/metrics/", **{name: metrics[f"behavior/{ours}"] for ours, name in names.items()})
 
 
 @pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
@@ -1347,9 +1306,8 @@ def check_updates(golden):
         norm = [agent.return_norm.lo, agent.return_norm.hi]
         np.testing.assert_allclose(norm, golden.data[f"step{step}/retnorm"], rtol=1e-4, atol=1e-5)
         if step == 1:
-            golden.close("out/loss/total", metrics["losses/total"])
-            golden.close("out/metrics/dyn_ent", metrics["world_model/prior_entropy"])
-            golden.close("out/metrics/rep_ent", metrics["world_model/posterior_entropy"])
+            golden.close("out/metrics/", dyn_ent=metrics["world_model/prior_entropy"])
+            golden.close("out/metrics/", rep_ent=metrics["world_model/posterior_entropy"])
             for name, p in golden.names.items():
                 if f"grad/{name}" in golden.data:
                     reference = golden.convert(f"grad/{name}", p.shape)
