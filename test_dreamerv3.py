@@ -660,15 +660,12 @@ def test_action_repeat_adds_up_rewards_and_stops_at_the_end():
 # === the program ======================================================================================================
 
 FAST = "--no-compile --batch-size 4 --batch-length 16 --train-ratio 16 --learning-starts 64 --imagination-horizon 3"
-
-
 PROGRAM = [sys.executable, str(ROOT / "dreamerv3.py")]
 
 
 def run(flags: str, folder: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*PROGRAM, *flags.split()]
-    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=250)
+    options = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "capture_output": True}
+    return subprocess.run([*PROGRAM, *flags.split()], timeout=250, **options)
 
 
 def run_folder(folder: Path, name: str = "") -> Path:
@@ -1127,7 +1124,7 @@ def golden_files() -> list[Path]:
     return sorted(Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden")).glob("*.npz"))
 
 
-# ours=official; "#" is a digit, and a layer followed by a norm is known by one name, as in enc/mlp0 and enc/mlp0norm
+# our name=the official one; "#" is any digit; a layer's norm goes by the layer's name, as in enc/mlp0 and enc/mlp0norm
 NAMES = """encoder.mlp.#=enc/mlp# encoder.convs.#=enc/cnn# encoder.norms.#=enc/cnn#norm
 rssm.in_deter=dyn/dynin0 rssm.in_stoch=dyn/dynin1 rssm.in_action=dyn/dynin2 rssm.hid=dyn/dynhid0
 rssm.hid_norm=dyn/dynhid0norm rssm.gru=dyn/dyngru rssm.post.0=dyn/obs0 rssm.post.1=dyn/obslogit
@@ -1166,7 +1163,7 @@ class Golden:
     def __init__(self, path: Path):
         self.data = dict(np.load(path))
         self.hyper = hyper = ast.literal_eval(str(self.data["meta/hyper"]))
-        specs = {k: ObsSpec(v[2], v[1]) if v[0] == "discrete" else ObsSpec(tuple(v)) for k, v in hyper["obs"].items()}
+        specs = {k: ObsSpec(v[2], v[1]) if "discrete" in v else ObsSpec(tuple(v)) for k, v in hyper["obs"].items()}
         kind, n = hyper["act"][:2]
         action = ActionSpec((n,) if kind == "discrete" else (), n)
         size = Size(*(hyper["dims"][k] for k in "deter hidden units classes depth stoch blocks".split()))
@@ -1232,9 +1229,8 @@ def test_golden_forward(path, argmax_sampling):
         golden.close("out/", policy_logits=agent.actor.outs[0](agent.actor.mlp(feat)))
     else:
         golden.close("out/", policy_mean=agent.actor(feat).mean, policy_std=agent.actor(feat).std)
-    recon, recon_losses = outputs["recon"], {}
-    for key, x in recon.items():
-        recon_losses[key] = dreamerv3.vector_loss(x, obs[key])
+    recon = outputs["recon"]
+    recon_losses = {key: dreamerv3.vector_loss(x, obs[key]) for key, x in recon.items()}
     if agent.decoder.images:
         images = agent.decoder.pixels(outputs["maps"], *deter.shape[:2])
         recon_losses |= {key: (x - obs[key] / 255).square().sum((2, 3, 4)) for key, x in images.items()}
@@ -1244,11 +1240,12 @@ def test_golden_forward(path, argmax_sampling):
     torch.testing.assert_close(losses["recon"], sum(recon_losses.values()), rtol=1e-4, atol=1e-5)
     golden.close("out/loss/", rew=losses["reward"], con=losses["continue"], dyn=losses["dyn"], rep=losses["rep"])
 
-    horizon, deters, lead = args.imagination_horizon, agent.size.deter, deter.shape[:2]
-    imagined, actions = dreamerv3.imagine(agent, deter.flatten(0, 1), stoch.flatten(0, 1), horizon)
-    imagined_stoch = imagined[:, 1:, deters:].unflatten(-1, stoch.shape[-2:])
-    golden.close("out/imag_", deter=imagined[:, 1:, :deters], stoch=imagined_stoch)
-    stored = dreamerv3.stored_action(actions, agent.action)[:, :horizon].float()
+    lead, deters = deter.shape[:2], agent.size.deter
+    starts = deter.flatten(0, 1), stoch.flatten(0, 1)
+    imagined, actions = dreamerv3.imagine(agent, *starts, args.imagination_horizon)
+    golden.close("out/imag_", deter=imagined[:, 1:, :deters])
+    golden.close("out/imag_", stoch=imagined[:, 1:, deters:].unflatten(-1, stoch.shape[-2:]))
+    stored = dreamerv3.stored_action(actions, agent.action)[:, :-1].float()
     golden.close("out/imag_", action=stored.squeeze(-1) if agent.action.nvec else stored)
 
     behavior, returns, metrics = dreamerv3.actor_critic_loss(agent, imagined, actions, args)
