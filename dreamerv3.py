@@ -373,7 +373,9 @@ def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, film: bo
             assert isinstance(env.render(), np.ndarray), "its renderer gives no image"
         return Adapter(gym.wrappers.RecordEpisodeStatistics(env), image_size, action_repeat or (4 if atari else 1))
     except (ImportError, gym.error.DependencyNotInstalled) as error:
-        fail(f"--env-id {env_id} needs a package that is not installed ({error}); try: {install or 'pip install it'}")
+        if install or "pip install" not in str(error):  # Gymnasium's own errors name the command
+            error = f"{error}; try: {install or 'pip install it, or put its file beside dreamerv3.py'}"
+        fail(f"--env-id {env_id} needs a package that is not installed: {error}")
     except gym.error.UnregisteredEnv as error:
         close = ", ".join(difflib.get_close_matches(name, gym.registry, 3, cutoff=0.5))
         fail(f"--env-id {env_id} is unknown: {error} Closest: {close or 'see gymnasium.pprint_registry()'}")

@@ -1358,3 +1358,73 @@ def test_torchrun_trains_logs_once_and_resumes(tmp_path):
     text = output(f"--resume {folder} --total-timesteps 160")
     assert text.count("resumed at step 150 after 9 updates") == 1
     assert torch.load(folder / "checkpoint.pt")["updates"] == 12 and len(scalars(folder)["charts/updates"]) > 0
+
+
+# === the README's environments ========================================================================================
+
+README_IDS = set(re.findall(r"python dreamerv3.py --env-id (\S+)", (ROOT / "README.md").read_text()))
+
+
+@pytest.fixture
+def readme_module(tmp_path, monkeypatch):
+    """Name -> the README's snippet of that name as a module, its file in a folder that modules are imported from."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def load(name: str) -> types.ModuleType:
+        Path(f"{name}.py").write_text(readme_snippet(f"# {name}.py\n"))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return dreamerv3.import_module(name)
+
+    return load
+
+
+@pytest.mark.parametrize("env_id", sorted(README_IDS - {"crafter_env:Crafter-v0", "protocols:WalkerPixels-v0"}))
+def test_ids_of_the_readme_can_be_stepped_or_say_how_to_install_them(env_id, readme_module, capsys):
+    if ":" in env_id:
+        readme_module(env_id.split(":")[0])
+    try:
+        env = dreamerv3.make_env(env_id)
+    except SystemExit:  # CI installs requirements.txt alone
+        install = capsys.readouterr().err.strip("`\n").rpartition("pip install ")[2]
+        assert install and f"`pip install {install}`" in (ROOT / "README.md").read_text()
+        return
+    env.reset(seed=0)
+    assert all(env.observation_space.contains(env.step(env.action_space.sample())[0]) for _ in range(5))
+    assert env.action_spec.size == 18 or env_id != "protocols:PongFull-v5"  # the full action set
+
+
+def test_pixels_of_the_readme_are_what_is_rendered(readme_module, monkeypatch):
+    fake = types.SimpleNamespace(
+        wrappers=gym.wrappers, make=lambda *_, render_kwargs, **flags: gym.make("CartPole-v1", **flags)
+    )
+    monkeypatch.setitem(sys.modules, "shimmy", fake)
+    monkeypatch.setattr(readme_module("protocols"), "gym", fake)
+    assert dreamerv3.make_env("protocols:WalkerPixels-v0").specs == {"obs": ObsSpec((64, 64, 3))}
+
+
+def test_crafter_ends_by_death_or_is_cut(readme_module, monkeypatch):
+    class Game:  # episodes of two steps, every second one ended by death
+        def __init__(self, seed=None):
+            self.time, self.reset = 0, lambda: np.full((64, 64, 3), seed, np.uint8)
+
+        def step(self, action):
+            self.time += 1
+            return self.reset(), 0.1, self.time % 2 == 0, {"discount": float(self.time % 4 > 0)}
+
+    monkeypatch.setitem(sys.modules, "crafter", types.SimpleNamespace(Env=Game))
+    readme_module("crafter_env")
+    env = dreamerv3.make_env("crafter_env:Crafter-v0")
+    for seed, last in {7: (False, True), None: (True, False)}.items():
+        assert env.reset(seed=seed)[0]["obs"][0, 0, 0] == 7  # a seed is for the first reset
+        assert [env.step(np.array([16]))[2:4] for _ in range(2)] == [(False, False), last]
+
+
+def test_your_own_environment_trains(readme_module, program):
+    readme_module("my_env")
+    env = dreamerv3.make_env("my_env:MyEnv-v0")
+    assert (env.specs, env.action_spec.nvec) == ({"camera": ObsSpec((64, 64, 3)), "state": ObsSpec((4,))}, (3, 3))
+    for action, steps, last in [(1, 200, (False, True)), (2, 14, (True, False))]:  # rest, and leave the field
+        env.reset(seed=0)
+        assert [env.step(np.array([action, action]))[2:4] for _ in range(steps)][-1] == last
+    assert not program(f"{QUICK} --env-id my_env:MyEnv-v0 --total-timesteps 60")
