@@ -1068,10 +1068,15 @@ def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsy
     assert program(f"--resume {folder} --eval-only --batch-size 3") == 2
 
 
+README = (ROOT / "README.md").read_text()
+
+
+def readme_snippet(word: str) -> str:
+    return next(code for code in re.findall("```python\n(.*?)```", README, re.S) if word in code)
+
+
 def test_the_snippets_of_the_readme_run(program, capsys, tmp_path):
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    snippets = [block.split("```")[0] for block in blocks]
-    play, speed = (next(code for code in snippets if word in code) for word in ("load_agent", "train_step"))
+    play, speed = readme_snippet("load_agent"), readme_snippet("train_step")
     assert len(play.splitlines()) <= 15 and len(speed.splitlines()) <= 20
     program(f"{CHAIN} --total-timesteps 50 --save-model")
     (run_folder(tmp_path) / "model.pt").rename("model.pt")
@@ -1362,7 +1367,7 @@ def test_torchrun_trains_logs_once_and_resumes(tmp_path):
 
 # === the README's environments ========================================================================================
 
-README_IDS = set(re.findall(r"python dreamerv3.py --env-id (\S+)", (ROOT / "README.md").read_text()))
+README_IDS = set(re.findall(r"python dreamerv3.py --env-id (\S+)", README))
 
 
 @pytest.fixture
@@ -1387,7 +1392,7 @@ def test_ids_of_the_readme_can_be_stepped_or_say_how_to_install_them(env_id, rea
         env = dreamerv3.make_env(env_id)
     except SystemExit:  # CI installs requirements.txt alone
         install = capsys.readouterr().err.strip("`\n").rpartition("pip install ")[2]
-        assert install and f"`pip install {install}`" in (ROOT / "README.md").read_text()
+        assert install and f"`pip install {install}`" in README
         return
     env.reset(seed=0)
     assert all(env.observation_space.contains(env.step(env.action_space.sample())[0]) for _ in range(5))
