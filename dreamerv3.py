@@ -1282,6 +1282,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"run folder: {folder}", flush=True)
 
     global_step, updates, owed = 0, 0, 0.0
+    filled = -largest(-len(replay))  # by the rank with the fewest steps
     if resumed:
         try:
             agent.load_state_dict(resumed["agent"])
@@ -1297,10 +1298,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
             owed += max(0, stored - max(global_step, args.learning_starts)) / update_steps
             global_step = stored
-        refill = "" if len(replay) else f": WITHOUT THEM, collecting {args.learning_starts:,} before the next update"
+        refill = "" if filled else f": WITHOUT THEM, collecting {args.learning_starts:,} before the next update"
         done = f"step {global_step:,} after {updates:,} updates"
-        print(f"resumed at {done}, {len(replay):,} steps in the replay buffer{refill}", flush=True)
-    first_update = args.learning_starts if len(replay) else global_step + args.learning_starts
+        print(f"resumed at {done}, {filled:,} steps in the replay buffer{refill}", flush=True)
+    first_update = args.learning_starts if filled else global_step + args.learning_starts
     seed = args.seed + 1000 * rank + global_step  # of the environments, and of the noise of other ranks
     if world > 1:
         update_together(agent, optimizer)
