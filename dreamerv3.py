@@ -1417,7 +1417,7 @@ def main(argv: list[str] | None = None) -> None:
         require("wandb", "--track").save(f"{videos}/*/*.mp4", policy="now")
     if stop.agreed:
         print(f"stopped at step {global_step:,}; go on with: python dreamerv3.py --resume {folder}")
-    sys.exit(stop.agreed or not saved)
+    sys.exit(stop.agreed or int(not saved))  # wandb wants no bool
 
 
 if __name__ == "__main__":
