@@ -447,6 +447,7 @@ def test_sampled_rows_are_contiguous_and_seams_are_marked(windows, lengths):
             # the action and the latent before each step are those of the step before it, unless the state is reset
             assert (first | (batch["prev_action"][..., 0] == time - 1)).all()
             assert (first[:, 0] | (batch["stoch"][:, 0] == (time[:, 0] - 1) % 200)).all()
+            assert (first[:, 0] | (time[:, 0] > replay.now - kept)).all()  # the step before is still kept
             if windows == "episode":
                 assert not (last[:, :-1] & follows).any()  # never on into the next episode
             for value in batch.values():
@@ -476,6 +477,8 @@ def test_a_stretch_is_used_once_when_it_is_complete():
     episodes = Replay(400, 1, FIELDS, 8, "episode")
     fill(episodes, 30, [12])
     assert episodes.online == {0: 16 - 4}  # the first eight steps of the second episode; the third is too young
+    fill(episodes, 500, [3])  # overwrites them
+    assert episodes.sample(4)[1][1].min() > episodes.now - 400 and not episodes.online
 
 
 def test_latents_are_written_back_unless_their_step_is_gone():
