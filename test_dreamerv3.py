@@ -264,6 +264,7 @@ def test_every_flag_of_the_update_changes_it(flag):
         for head in (agent.reward, agent.critic, agent.slow_critic):
             torch.nn.init.normal_(head[1].weight)  # outscale 0 passes nothing on at first
         _, metrics = dreamerv3.train_step(agent, dreamerv3.LaProp(agent.trained(), 0.0), make_batch(agent), args)
+        assert metrics["losses/dyn"] == metrics["losses/rep"]  # one KL, with one floor
         results.append(agent.slow_critic[1].weight if flag == "tau" else metrics["losses/total"])
     assert not torch.equal(*results)
 
@@ -459,6 +460,7 @@ def test_sampled_rows_are_contiguous_and_seams_are_marked(windows, lengths):
             # the action and the latent before each step are those of the step before it, unless the state is reset
             assert (first | (batch["prev_action"][..., 0] == time - 1)).all()
             assert (first[:, 0] | (batch["stoch"][:, 0] == (time[:, 0] - 1) % 200)).all()
+            assert (first[:, 0] | (time[:, 0] > replay.now - kept)).all()  # the step before is still kept
             if windows == "episode":
                 assert not (last[:, :-1] & follows).any()  # never on into the next episode
             for value in batch.values():
@@ -488,6 +490,8 @@ def test_a_stretch_is_used_once_when_it_is_complete():
     episodes = Replay(400, 1, FIELDS, 8, "episode")
     fill(episodes, 30, [12])
     assert episodes.online == {0: 16 - 4}  # the first eight steps of the second episode; the third is too young
+    fill(episodes, 500, [3])  # overwrites them
+    assert episodes.sample(4)[1][1].min() > episodes.now - 400 and not episodes.online
 
 
 def test_latents_are_written_back_unless_their_step_is_gone():
@@ -820,8 +824,8 @@ def test_a_run_survives_sigkills_at_random_moments(tmp_path):
             assert step == clock[0] and after >= updates
             cuts.add(step)
         time.sleep(rng.uniform(0, 4) if 0 < kill < kills else 0)
-        while kill in (0, kills) and np.load(folder / "replay" / "clock.npy")[0] < clock[0] + 100:
-            time.sleep(0.1)
+        while kill in (0, kills) and np.load(folder / "replay" / "clock.npy")[0] < clock[0] + 87:
+            time.sleep(0.01)  # the end comes between two checkpoints
         process.send_signal(signal.SIGTERM if kill == kills else signal.SIGKILL)
         assert process.wait(60) == (128 + signal.SIGTERM if kill == kills else -signal.SIGKILL)
         clock = np.load(folder / "replay" / "clock.npy")
@@ -901,7 +905,7 @@ def test_resumed_and_evaluated_runs_are_bit_identical_to_a_plain_one(program, tm
     assert capsys.readouterr().out.splitlines().count(line) == 3
     plain, resumed, evaluated = (run_folder(tmp_path, name) for name in ("plain", "resumed", "evaluated"))
     a = saved(plain)
-    assert a["updates"] == 19 and a["owed"] == 0.125 and a["agent"]["return_norm.hi"] != 0
+    assert a["updates"] == 19 and a["owed"] == 0.125 and {"return_norm.lo", "return_norm.hi"} < a["agent"].keys()
     for folder in (resumed, evaluated):
         b = saved(folder)
         assert (b["updates"], b["owed"]) == (19, 0.125) and torch.equal(a["torch_rng"], b["torch_rng"])
