@@ -1,8 +1,8 @@
-"""DreamerV3 in one file (Hafner et al., "Mastering diverse control tasks through world models", Nature 2025).
+r"""DreamerV3 in one file (Hafner et al., "Mastering diverse control tasks through world models", Nature 2025).
 
     python dreamerv3.py --env-id ALE/Pong-v5
 
-The algorithm in ten lines. The agent acts in the environment and stores every step in a replay buffer. An update
+The algorithm in short. The agent acts in the environment and stores every step in a replay buffer. An update
 samples B sequences of T steps. The world model encodes each observation x_t, runs a recurrent state-space model over
 the sequence (deterministic h_t, discrete stochastic z_t) and learns to reconstruct x_t, to predict reward and
 continuation, and to predict z_t before seeing x_t. From every one of the B*T states the model then imagines H steps
@@ -17,7 +17,7 @@ Time line. Step t holds what arrived at t and the action chosen on it; reward[t]
 
       step             0          1          2         3          4
       obs              x0 ------> x1 ------> x2        x3 ------> x4        x3 comes from a reset: no arrow into it,
-      action              \\_ a0 _/  \\_ a1 _/  (a2)      \\_ a3 _/            a2 is stored but never executed
+      action              \_ a0 _/  \_ a1 _/  (a2)      \_ a3 _/            a2 is stored but never executed
       reward           0          r1         r2        0          r4        r1 was earned by a0
       is_first         1          0          0         1          0         h, z, a of the step before are zeroed here
       is_last          0          0          1         0          0         the episode ended, for either reason
@@ -33,16 +33,17 @@ import ctypes
 import difflib
 import io
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
 import sys
-import threading
 import time
 from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import reduce
 from importlib import import_module
 from operator import getitem
@@ -97,7 +98,7 @@ class Args:
     total_timesteps: int = 400_000
     """agent steps of the run, over all environments of all processes"""
     num_envs: int = 1
-    """parallel environments per training process, in processes of their own when more than one"""
+    """parallel environments per training process; more than one run in worker processes"""
     action_repeat: int = 0
     """environment steps per agent step; 0 means 4 (with max-pooling) for Atari and 1 for everything else"""
     image_size: int = 64
@@ -161,7 +162,7 @@ class Args:
 
     # Replay
     buffer_size: int = 1_000_000
-    """steps the replay buffer holds; never more than total_timesteps"""
+    """steps the replay buffer of a training process holds; never more than its share of total_timesteps"""
     replay_windows: Literal["episode", "stream"] = "episode"
     """sequences inside one episode, or consecutive steps across episodes (official code)"""
     persist_replay: bool = True
@@ -186,7 +187,7 @@ class Args:
     """agent steps between two evaluations during training; 0 means never"""
 
 
-SIZES = {
+SIZES = {  # deter, hidden, units, classes, depth
     "1m": Size(512, 64, 64, 4, 4),
     "12m": Size(2048, 256, 256, 16, 16),
     "25m": Size(3072, 384, 384, 24, 24),
@@ -340,17 +341,17 @@ class Adapter(gym.ObservationWrapper):
         return (x.round() if np.issubdtype(space.dtype, np.integer) else x).astype(space.dtype)
 
 
-def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, film: bool = False, **kwargs) -> Adapter:
+def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, film: bool = False) -> Adapter:
     """One environment as flat arrays (see Adapter), with episode statistics; with film, one that `record` can take.
 
     Atari ids get frame skip 4 (or action_repeat) with max-pooling exactly once, whatever skip the id has, RGB images
     and up to 30 no-ops after a reset; no reward clipping, no end at lost lives, stickiness as the id says.
     Exits with one line when the id, its package, its spaces or what filming needs are not there.
     """
-    kwargs |= {"render_mode": "rgb_array"} if film else {}
+    kwargs = {"render_mode": "rgb_array"} if film else {}
     module, _, name = env_id.rpartition(":")
     package, install = next((entry for prefix, entry in PACKAGES.items() if name.startswith(prefix)), ("ale_py", ""))
-    if package == "shimmy" and "render_mode" not in kwargs:
+    if package == "shimmy" and not film:
         os.environ.setdefault("MUJOCO_GL", "disabled")  # state observations need no renderer
     try:
         getattr(import_module(package), "register_envs", lambda: None)()
@@ -395,7 +396,8 @@ def make_envs(args: Args, first: Adapter, videos: Path | None) -> gym.vector.Vec
     """All environments of a run, in processes when more than one, else the given one; videos: of the first one."""
 
     def worker(videos: Path | None = None):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; main decides
+        if multiprocessing.parent_process():  # not so when it is made for its spaces
+            os.setpgid(0, 0)  # Ctrl-C and launchers signal the whole process group; main decides
         return record(make_env(args.env_id, args.image_size, args.action_repeat, videos is not None), videos)
 
     if args.num_envs == 1:
@@ -414,7 +416,8 @@ def make_envs(args: Args, first: Adapter, videos: Path | None) -> gym.vector.Vec
 class Agent(nn.Module):
     """All networks: world model (encoder, rssm, decoder, reward, cont), actor, critic, slow critic, return range.
 
-    specs: observation key -> ObsSpec. action: ActionSpec. size: a row of SIZES. args: unimix, bins and twohot are read.
+    specs: observation key -> ObsSpec. action: ActionSpec. size: a row of SIZES. args: unimix, actor_unimix,
+    bins and twohot are read.
     """
 
     def __init__(self, specs: dict[str, ObsSpec], action: ActionSpec, size: Size, args: Args):
@@ -438,7 +441,7 @@ class Agent(nn.Module):
 
 
 def get_feat(deter: Tensor, stoch: Tensor) -> Tensor:
-    """(…, D), (…, S, K) -> (…, F), what every head but the decoder sees, in the precision they compute in."""
+    """(…, D), (…, S, K) -> (…, F), what every head but the decoder sees, cast once, to bfloat16 under autocast."""
     feat = torch.cat([deter, stoch.flatten(-2)], -1)
     return feat.bfloat16() if feat.device.type != "meta" and torch.is_autocast_enabled(feat.device.type) else feat
 
@@ -460,12 +463,12 @@ def stored_action(action: Tensor, spec: ActionSpec) -> Tensor:
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # small batches, float32: compiling again for them does not pay
 def policy(agent: Agent, obs: dict[str, Tensor], state: tuple, is_first: Tensor) -> tuple[Tensor, tuple]:
-    """Act in the environment: obs key -> (E, …), is_first (E,) bool, state (deter, stoch, action) of the step before.
+    """Act in N environments: obs key -> (N, …), is_first (N,) bool, state (deter, stoch, action) of the step before.
 
-    Returns the sampled action (E, A) and the new state. `agent.rssm.initial(E)` and zeros (E, A) are a first state.
+    Returns the sampled action (N, A) and the new state. `agent.rssm.initial(N)` and zeros (N, A) are a first state.
     """
     deter, stoch, action = state
-    u = torch.rand(*stoch.shape[:2], device=stoch.device)  # (E, S)
+    u = torch.rand(*stoch.shape[:2], device=stoch.device)  # (N, S)
     deter, stoch, _ = agent.rssm.observe_step(deter, stoch, action, agent.encoder(obs), is_first, u)
     action = agent.actor(get_feat(deter, stoch)).sample(agent.actor.noise(len(deter)))
     return action, (deter, stoch, action)
@@ -618,9 +621,9 @@ def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args) ->
 
     agent.return_norm.update(returns)
     advantage = (returns - value[:, :-1]) / agent.return_norm.scale  # (N, H)
-    dist = agent.actor(feat[:, :-1])
-    entropy = dist.entropy()  # (N, H)
-    actor_loss = -weight * (dist.log_prob(action[:, :-1]) * advantage + args.ent_coef * entropy)
+    pi = agent.actor(feat[:, :-1])
+    entropy = pi.entropy()  # (N, H)
+    actor_loss = -weight * (pi.log_prob(action[:, :-1]) * advantage + args.ent_coef * entropy)
     value_logits = value_logits[:, :-1]
     critic_loss = agent.twohot.loss(value_logits, returns)
     critic_loss = critic_loss + args.slow_critic_scale * agent.twohot.loss(value_logits, slow_value[:, :-1])
@@ -664,7 +667,8 @@ class LaProp(torch.optim.Optimizer):
     def __init__(
         self, params, lr: float, warmup: int = 1000, clip: float = 0.3, betas=(0.9, 0.999), eps: float = 1e-20
     ):
-        super().__init__(params, {"lr": lr, "warmup": warmup, "clip": clip, "betas": betas, "eps": eps})
+        options = {"lr": lr, "warmup": warmup, "clip": clip, "betas": betas, "eps": eps}
+        super().__init__(params, options | {"capturable": True})  # by which torch restores `step` on the device, too
         for group in self.param_groups:
             for p in group["params"]:
                 zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -752,20 +756,17 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
         x = torch.from_numpy(x)
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
-    tensors = {key: copy_over(x) for key, x in batch.items()}
-    out = {key: tensors[key] for key in ("reward", "is_first", "is_last", "is_terminal")}
-    out["obs"] = {key[4:]: x for key, x in tensors.items() if key.startswith("obs/")}
-    out["prev_action"] = flat_action(tensors["prev_action"], agent.action)  # (B, T, A)
-    out["deter"] = tensors["deter"].float()
-    out["stoch"] = one_hot(tensors["stoch"], agent.size.classes)  # (B, S, K)
+    out = {key: copy_over(x) for key, x in batch.items()}
+    out["obs"] = {key[4:]: out.pop(key) for key in batch if key.startswith("obs/")}
+    out["prev_action"] = flat_action(out["prev_action"], agent.action)  # (B, T, A)
+    out["deter"], out["stoch"] = out["deter"].float(), one_hot(out["stoch"], agent.size.classes)  # (B, D), (B, S, K)
     return out
 
 
 THIS = sys.modules[__name__]
-COMPILED = [  # small functions only: an unrolled 64-step loop would compile for ten minutes
-    *[(networks.RSSM, "observe_step"), (networks.RMSNorm, "maps"), (networks, "pixels_to_maps"), (THIS, "image_loss")],
-    *[(THIS, "imagine_step"), (THIS, "actor_critic_loss")],
-]
+# small functions only: an unrolled 64-step loop would compile for ten minutes
+COMPILED = [(networks.RSSM, "observe_step"), (networks.RMSNorm, "maps"), (networks, "pixels_to_maps")]
+COMPILED += [(THIS, name) for name in ("image_loss", "imagine_step", "actor_critic_loss")]
 
 
 def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
@@ -778,15 +779,10 @@ def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
         for (owner, name), function in zip(COMPILED, functions, strict=True):
             setattr(owner, name, function)
 
-    def heartbeat():
-        while not done.wait(20):
-            print(f"still compiling after {time.time() - start:.0f} s", flush=True)
-
     plain = [getattr(owner, name) for owner, name in COMPILED]
     torch._dynamo.config.cache_size_limit = 64  # shapes per function; beyond the limit it would be eager silently
-    start, done, return_norm = time.time(), threading.Event(), copy.deepcopy(agent.return_norm.state_dict())
-    print("compiling the inner functions of an update, about a minute the first time", flush=True)
-    threading.Thread(target=heartbeat, daemon=True).start()
+    start, return_norm = time.time(), copy.deepcopy(agent.return_norm.state_dict())
+    print("compiling the inner functions of an update, a minute or two the first time", flush=True)
     try:
         replace([torch.compile(function, dynamic=False) for function in plain])
         with torch.random.fork_rng():
@@ -796,7 +792,6 @@ def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
         replace(plain)
         print(f"cannot compile, going on in eager mode: {type(error).__name__}: {str(error)[:200]!r}", flush=True)
     finally:
-        done.set()
         agent.zero_grad(set_to_none=True)
         agent.return_norm.load_state_dict(return_norm)
 
@@ -946,7 +941,8 @@ def load_checkpoint(path: Path, keys: list[str] = CHECKPOINT) -> tuple[Path, Arg
         if problems:
             print(f"warning: {problems[0]}, using {file.name}", flush=True)
             if keys is CHECKPOINT and newest.exists() and file != newest:
-                os.replace(newest, newest.with_suffix(".unreadable"))  # it must not become the previous good one
+                with suppress(FileNotFoundError):  # another rank was faster
+                    os.replace(newest, newest.with_suffix(".unreadable"))  # it must not become the previous good one
         return folder, args, state
     fail(f"--resume {path} holds no good checkpoint: {', '.join(problems) or 'give the folder runs/... of a run'}")
 
@@ -1044,7 +1040,7 @@ def check_args(args: Args) -> None:
 
 
 def choose_device(args: Args) -> torch.device:
-    """The device, which it prints; resolves the `auto` flags for it and sets torch's switches."""
+    """The device, which it prints; resolves the `auto` flags for it, sets torch's switches and all seeds."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.size == "auto":
         args.size = "12m" if device.type == "cuda" else "1m"
@@ -1052,8 +1048,9 @@ def choose_device(args: Args) -> torch.device:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-            torch.set_float32_matmul_precision("high")
         args.precision = "bfloat16" if native else "float32"
+    if args.precision == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # on CUDA: TF32 for the products that stay in float32
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else f" ({torch.cuda.get_device_name()})"
     mode = "compiled" if args.compile and not args.eval_only else "eager"
     absent = ", CUDA is not available" if args.cuda and device.type == "cpu" else ""
@@ -1190,7 +1187,7 @@ class Interrupt:
         signal.signal(signal.SIGTERM, self.handle)
 
     def handle(self, number: int, frame) -> None:
-        if self.code:
+        if self.code and not dist.is_initialized():  # launchers signal more than once
             os._exit(128 + number)
         self.code = 128 + number
         print("\nstopping: finishing this step and saving; once more to exit at once", flush=True)
@@ -1205,9 +1202,13 @@ def join_ranks() -> tuple[int, int]:
     """Under torchrun: rank and number of the processes that train together; else 0 and 1."""
     if not dist.is_torchelastic_launched():
         return 0, 1
-    if torch.cuda.is_available():
+    gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if 0 < gpus < ranks:
+        fail(f"--nproc-per-node {ranks} is more than the {gpus} GPUs here; CUDA_VISIBLE_DEVICES= hides them")
+    if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    # a day: the others wait while rank 0 evaluates
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=1))
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     return dist.get_rank(), dist.get_world_size()
@@ -1294,7 +1295,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_rng_state(resumed["torch_rng"])
         torch.cuda.set_rng_state_all(resumed["cuda_rng"][: torch.cuda.device_count()])
         global_step, updates, owed = resumed["global_step"], resumed["updates"], resumed["owed"]
-        stored = -largest(-replay.now) * num_envs
+        stored = -largest(-replay.now) * num_envs  # by all ranks
         if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
             owed += max(0, stored - max(global_step, args.learning_starts)) / update_steps
             global_step = stored
@@ -1346,7 +1347,7 @@ def main(argv: list[str] | None = None) -> None:
     terminated = truncated = np.zeros(args.num_envs, bool)
     is_first = np.ones(args.num_envs, bool)
     state = (*agent.rssm.initial(args.num_envs), torch.zeros(args.num_envs, action_spec.size, device=device))
-    while global_step < args.total_timesteps and not stop.now():
+    while not stop.now() and global_step < args.total_timesteps:
         # act on what arrived, and store it with the action and the latent
         tensors = {key: torch.as_tensor(x).to(device) for key, x in obs.items()}
         action, state = policy(agent, tensors, state, torch.as_tensor(is_first).to(device))
@@ -1408,10 +1409,11 @@ def main(argv: list[str] | None = None) -> None:
             returns = attempt(evaluate, agent, args, args.eval_episodes, args.seed + global_step, films)
             progress.record(global_step, {"eval/episodic_return": np.mean(returns)})
 
-    envs.close()
+    saved = rank or save()
+    with suppress(Exception):  # nothing is lost with them any more
+        envs.close()
     if rank:
         sys.exit(stop.agreed)
-    saved = save()
     progress.close()
     if args.track and videos:
         require("wandb", "--track").save(f"{videos}/*/*.mp4", policy="now")

@@ -363,10 +363,8 @@ class Encoder(nn.Module):
         if self.vectors:
             flat = []
             for key in self.vectors:
-                x, spec = obs[key], self.specs[key]
-                lead = x.shape[: x.ndim - len(spec.shape)]
-                x = one_hot(x, spec.classes) if spec.classes else symlog(x)
-                flat.append(x.reshape(*lead, spec.size))
+                shape, classes = self.specs[key]
+                flat.append(one_hot(obs[key], classes).flatten(-1 - len(shape)) if classes else symlog(obs[key]))
             parts.append(self.mlp(torch.cat(flat, -1)))  # (…, U)
         if self.images:
             x = self.stack(obs)  # (…, h, w, C)
