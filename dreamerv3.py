@@ -1019,8 +1019,8 @@ def check_args(args: Args) -> None:
     positive = "total_timesteps num_envs batch_size learning_rate train_ratio log_frequency imagination_horizon clip"
     positive = f"{positive} eval_episodes"
     world = dist.get_world_size() if dist.is_initialized() else 1
-    window, batch = (args.batch_length + 1) * args.num_envs * world, args.batch_size * args.batch_length
-    per_env = f"{window}, (--batch-length + 1) * --num-envs{' * processes' * (world > 1)}, one window per environment"
+    envs, batch = args.num_envs * world, args.batch_size * args.batch_length
+    window, more = args.batch_length * envs, (args.batch_length + 1) * envs
     rules = [
         (numbers, lambda x: 0 <= x < math.inf, "at least 0"),
         (positive, lambda x: x > 0, "more than 0"),
@@ -1030,7 +1030,8 @@ def check_args(args: Args) -> None:
         ("bins", lambda x: x >= 3 and x % 2, "odd, so that one bin is exactly 0, and at least 3"),
         ("image_size", lambda x: x % 16 == 0 and 48 <= x <= 256, "a multiple of 16 from 48 to 256"),
         ("learning_starts", lambda x: x <= args.total_timesteps, f"at most --total-timesteps {args.total_timesteps}"),
-        ("buffer_size total_timesteps learning_starts", lambda x: x >= window, f"at least {per_env}"),
+        ("learning_starts", lambda x: x >= window, f"at least {window}, --batch-length per environment"),
+        ("buffer_size total_timesteps", lambda x: x >= more, f"at least {more}, --batch-length + 1 per environment"),
         ("buffer_size", lambda x: x >= batch, f"at least {batch}, --batch-size * --batch-length, one batch"),
     ]
     for names, good, limit in rules:

@@ -718,7 +718,7 @@ WORDS = "device: cpu|parameters: encoder|CUDA is not available|GB free|1 update 
     "flags, frames",
     [
         ("--env-id CartPole-v1", 1),
-        ("--env-id CartPole-v1 --num-envs 2 --replay-windows stream --capture-video", 1),
+        ("--env-id CartPole-v1 --num-envs 4 --replay-windows stream --capture-video", 1),  # 4 * 16 steps are enough
         ("--env-id Pendulum-v1 --total-timesteps 450 --action-repeat 2 --twohot symlog --no-persist-replay", 2),
         ("--env-id ALE/Pong-v5 --total-timesteps 1500 --train-ratio 0.5 --save-model", 4),
         ("--env-id test_dreamerv3:DreamerEverything-v0", 1),
@@ -737,7 +737,7 @@ def test_command_line_trains_and_leaves_its_files(flags, frames, tmp_path):
     values = scalars(folder)
     assert set(KEYS) <= set(values) and all(np.isfinite(v).all() for v in values.values())
     total, ratio = (float(re.findall(rf"--{flag} ([\d.]+)", flags)[-1]) for flag in ("total-timesteps", "train-ratio"))
-    envs = 2 if "--num-envs" in flags else 1
+    envs = 4 if "--num-envs" in flags else 1
     updates = math.floor(ratio * (total - 64 - (total - 64) % envs) / (4 * 16))
     state = saved(folder)
     assert (state["global_step"], state["updates"]) == (total, updates) and updates > 0
@@ -745,9 +745,8 @@ def test_command_line_trains_and_leaves_its_files(flags, frames, tmp_path):
     videos = {path.name for path in tmp_path.glob("videos/*/train-0/*.mp4")}  # of the first environment
     assert ("rl-video-episode-0.mp4" in videos) == ("--capture-video" in flags)
     assert videos <= {f"rl-video-episode-{i}.mp4" for i in (0, 1, 8)}
-    if envs == 2:
-        first = np.load(folder / "replay" / "obs.obs.npy")[:, 0]
-        assert not np.array_equal(*first)  # every environment has a seed of its own
+    if envs > 1:  # every environment has a seed of its own
+        assert len(np.unique(np.load(folder / "replay" / "obs.obs.npy")[:, 0], axis=0)) == envs
 
 
 BAD = """--size 3m | --twohot log | --replay-windows all | --precision half | --batch-size x | --nonsense 1 | --seed -1
