@@ -76,7 +76,7 @@ class Args:
     exp_name: str = "dreamerv3"
     """the name of this experiment"""
     seed: int = 1
-    """seed of the experiment; environment i of several gets seed + i"""
+    """seed of the experiment; environment i of several gets seed + i, process r of torchrun 1000 r more"""
     torch_deterministic: bool = True
     """if toggled, `torch.backends.cudnn.deterministic=True`"""
     cuda: bool = True
@@ -1050,8 +1050,8 @@ def choose_device(args: Args) -> torch.device:
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bfloat16" if native else "float32"
-    if args.precision == "bfloat16":
-        torch.set_float32_matmul_precision("high")  # on CUDA: TF32 for the products that stay in float32
+    if device.type == "cuda" and args.precision == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else f" ({torch.cuda.get_device_name()})"
     mode = "compiled" if args.compile and not args.eval_only else "eager"
     absent = ", CUDA is not available" if args.cuda and device.type == "cpu" else ""
@@ -1231,6 +1231,7 @@ def update_together(agent: Agent, optimizer: LaProp) -> None:
 
     @torch.compiler.disable
     def update_range(returns: Tensor) -> None:
+        returns = returns.contiguous()  # compiled code may choose another order
         parts = [torch.empty_like(returns) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, returns)
         ReturnNorm.update(agent.return_norm, torch.cat(parts))
