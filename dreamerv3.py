@@ -884,26 +884,24 @@ def write_dream(agent: Agent, batch: dict, folder: Path, writer: SummaryWriter, 
             frames = [Image.fromarray(np.concatenate(x, 1)).quantize(method=2) for x in video.swapaxes(0, 1)]  # 2: fast
             frames[0].save(path.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=100, loop=0)
         if lines:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, because it takes half a second
-            from matplotlib.figure import Figure
+            from matplotlib.figure import Figure  # here, because it takes half a second
 
             lines = lines[:: math.ceil(len(lines) / 8)]  # at most 8 components, of all keys
-            canvas = FigureCanvasAgg(Figure((16, 1.5 * len(lines)), dpi=80))
-            canvas.figure.subplots_adjust(0.05, 0.3 / len(lines), 0.99, 1 - 0.1 / len(lines), 0, 0.1)
+            figure = Figure((16, 1.5 * len(lines)), dpi=80)
+            figure.subplots_adjust(0.05, 0.3 / len(lines), 0.99, 1 - 0.1 / len(lines), 0, 0.1)
             begin = np.arange(len(lines[0][1])) * (is_first.shape[1] + 1)  # of the sequences, side by side
             row, start = is_first[: len(begin)].nonzero().T.numpy()
             marks = {"lightgray": begin[row] + start, "green": begin + context - 0.5, "black": begin - 1}
-            grid = canvas.figure.subplots(len(lines), sharex=True, squeeze=False)[:, 0]
+            grid = figure.subplots(len(lines), sharex=True, squeeze=False)[:, 0]
             for ax, (name, x) in zip(grid, lines, strict=True):  # x (n, T, 2)
                 ax.plot(F.pad(x, (0, 0, 0, 1), value=math.nan).flatten(0, 1), label=["true", "predicted"])
                 ax.set(ylabel=name, xlim=(-1, begin[-1] + is_first.shape[1]))
                 for color, at in marks.items():
                     ax.vlines(at, 0, 1, color, transform=ax.get_xaxis_transform())
             grid[0].legend(loc="upper right")
-            canvas.draw()
-            plot = np.asarray(canvas.buffer_rgba())[..., :3]
+            figure.savefig(path.with_suffix(".png"))
+            plot = np.asarray(Image.open(path.with_suffix(".png")).convert("RGB"))
             writer.add_image("dream/vectors", plot, step, dataformats="HWC")
-            Image.fromarray(plot).save(path.with_suffix(".png"))
     except OSError as error:
         print(f"warning: no dream after {updates:,} updates, {error}: training goes on", flush=True)
 
