@@ -587,14 +587,15 @@ class ReturnNorm(nn.Module):
         self.rate = rate
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
-        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
 
     @torch.no_grad()
     def update(self, returns: Tensor) -> None:
-        """Move towards the percentiles of returns (any shape)."""
-        lo, hi = torch.quantile(returns, self.percentiles)
-        self.lo.lerp_(lo, self.rate)
-        self.hi.lerp_(hi, self.rate)
+        """Move towards the percentiles of returns (any shape), interpolated between neighbors."""
+        ordered = returns.flatten().sort().values  # torch.quantile compares on the host in older releases
+        for running, q in ((self.lo, 0.05), (self.hi, 0.95)):
+            rank = q * (len(ordered) - 1)
+            percentile = ordered[int(rank)].lerp(ordered[math.ceil(rank)], rank % 1)
+            running.lerp_(percentile, self.rate)
 
     @property
     def scale(self) -> Tensor:

@@ -200,6 +200,17 @@ def n_step_return(t, n, last, term, reward, boot, disc):
     return total + scale * boot[k]
 
 
+@pytest.mark.parametrize("shape", [(1,), (2, 1), (21,), (16, 15)])  # 21: the ranks are whole numbers
+def test_return_range_follows_the_percentiles(shape):
+    returns, norm = 10 * torch.randn(shape), dreamerv3.ReturnNorm(rate=0.25)
+    assert norm.scale == 1
+    lo, hi = np.percentile(returns.numpy(), [5, 95])
+    for share in (0.25, 0.4375):
+        norm.update(returns)
+        np.testing.assert_allclose([norm.lo, norm.hi], [share * lo, share * hi], rtol=1e-5)
+    np.testing.assert_allclose(norm.scale, max(1, share * (hi - lo)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_lambda_return_equals_the_weighted_sum_of_n_step_returns(lam):
     rng, length = np.random.default_rng(0), 7
