@@ -12,6 +12,7 @@ import math
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -1098,6 +1099,15 @@ def test_the_snippets_of_the_readme_run(program, capsys, tmp_path):
     assert capsys.readouterr().out.splitlines()[-1] == "return 15.0"
     exec(speed.replace("compile=True", "compile=False").replace(", 5, (16, 64)", ", 1, (2, 4)"), {})
     assert re.search(r"^\d+\.\d after \d\.\d+ s$", capsys.readouterr().out, re.M)
+
+
+def test_results_are_logs_of_the_program_and_draw_the_figures_of_the_readme(tmp_path):
+    for path in (ROOT / "results").glob("*.csv"):
+        assert path.read_text().startswith("global_step,frames,return,length,seconds\n"), path
+        shutil.copy(path, tmp_path)
+    runpy.run_path(str(ROOT / "results" / "plot.py"))["draw"](tmp_path)
+    shown = set(re.findall(r"results/(\w+\.png)", (ROOT / "README.md").read_text())) - {"Boxing_dream.png"}
+    assert shown == {path.name for path in tmp_path.glob("*.png")}
 
 
 def test_videos_show_every_step_of_an_episode(program, tmp_path):

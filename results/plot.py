@@ -1,0 +1,43 @@
+"""Draw results/*.png, one figure per suite, from results/*.csv: python results/plot.py
+
+Dots are episodes, lines their mean over the last 20 (of one seed), crosses published means.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+SUITES = {  # figure -> environment -> published mean return after so many environment steps
+    "classic_control": {"CartPole-v1": {}},
+    "dm_control": {
+        "dm_control-finger-spin-v0": {50_000: 483, 100_000: 748},
+        "dm_control-reacher-easy-v0": {50_000: 558, 100_000: 740},
+    },
+    "atari": {"BoxingNoFrameskip-v4": {120_000: 33, 200_000: 47}},
+}
+
+
+def draw(folder: Path) -> None:
+    """Draw every suite that has logs in the folder, `{environment}__seed{number}.csv`, into it."""
+    for suite, tasks in SUITES.items():
+        logs = {task: sorted(folder.glob(f"{task}__*.csv")) for task in tasks}
+        logs = {task: paths for task, paths in logs.items() if paths}
+        if not logs:
+            continue
+        figure = Figure((5 * len(logs), 3.5), dpi=100, layout="constrained")
+        for ax, (task, paths) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items(), strict=True):
+            for path in paths:
+                frames, returns = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(1, 2), ndmin=2).T
+                means = [returns[max(0, i - 19) : i + 1].mean() for i in range(len(returns))]
+                (line,) = ax.plot(frames, means, label=path.stem.split("__", 1)[1])
+                ax.plot(frames, returns, ".", color=line.get_color(), alpha=0.2, markersize=4)
+            if tasks[task]:
+                ax.plot(*zip(*tasks[task].items(), strict=True), "kx", label="published")
+            ax.set(title=task, xlabel="environment steps", ylabel="return")
+            ax.legend()
+        figure.savefig(folder / f"{suite}.png")
+
+
+if __name__ == "__main__":
+    draw(Path(__file__).parent)
