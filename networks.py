@@ -237,7 +237,8 @@ class BlockLinear(nn.Module):
         x = x.unflatten(-1, (self.blocks, self.inputs)).transpose(0, 1)  # (G, N, I)
         out = torch.bmm(x, self.weight[:, : self.inputs]).transpose(0, 1).flatten(1) + self.bias
         if shared is not None:  # one dense product instead of G copies of `shared` inside x
-            out = out + shared @ self.weight[:, self.inputs :].transpose(0, 1).flatten(1)
+            product = shared @ self.weight[:, self.inputs :].transpose(0, 1).flatten(1)
+            out = out + product.to(out.dtype)  # cast: torch 2.6 would compile an addmm of two dtypes, which fails
         return out
 
 
