@@ -591,10 +591,10 @@ class ReturnNorm(nn.Module):
     @torch.no_grad()
     def update(self, returns: Tensor) -> None:
         """Move towards the percentiles of returns (any shape), interpolated between neighbors."""
-        ordered = returns.flatten().sort().values  # torch.quantile compares on the host in older releases
+        ordered = returns.flatten().sort().values  # (n,); torch.quantile compares on the host in torch 2.6
         for running, q in ((self.lo, 0.05), (self.hi, 0.95)):
             rank = q * (len(ordered) - 1)
-            percentile = ordered[int(rank)].lerp(ordered[math.ceil(rank)], rank % 1)
+            percentile = ordered[int(rank)].lerp(ordered[math.ceil(rank)], rank % 1)  # ()
             running.lerp_(percentile, self.rate)
 
     @property
