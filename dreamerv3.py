@@ -41,10 +41,11 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import reduce
+from functools import partial, reduce
 from importlib import import_module
 from operator import getitem
 from pathlib import Path
@@ -61,6 +62,7 @@ import tyro
 from gymnasium import spaces
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -159,6 +161,8 @@ class Args:
     """precision of matrix products in updates; auto means bfloat16 where the processor has it natively"""
     compile: bool = True
     """compile the small functions that an update spends its time in; falls back to eager where that fails"""
+    cudagraphs: bool = True
+    """on CUDA, launch the policy and the update as one graph of kernels each; not under torchrun"""
 
     # Replay
     buffer_size: int = 1_000_000
@@ -797,6 +801,29 @@ def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
         agent.return_norm.load_state_dict(return_norm)
 
 
+def capture(function: Callable, *inputs) -> Callable:
+    """A function of tensors on a GPU, or nested dicts and tuples of them, as one CUDA graph for inputs of these shapes.
+
+    Launching a kernel takes longer than most kernels of an update run; the graph launches all of them at once. The
+    function has to have run before, which loads its kernels; it does not run here. What a call returns is overwritten
+    by the next one. Where capturing fails, the function itself is returned.
+    """
+    buffers = tree_map(torch.clone, inputs)
+    try:
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+            outputs = function(*buffers)
+    except RuntimeError as error:
+        print(f"cannot capture a CUDA graph, going on without: {str(error)[:200]!r}", flush=True)
+        return function
+
+    def replay(*inputs):
+        tree_map(Tensor.copy_, buffers, inputs)
+        graph.replay()
+        return outputs
+
+    return replay
+
+
 # === 10. Evaluation, dreams, checkpoints ==============================================================================
 
 
@@ -967,11 +994,11 @@ def load_agent(path: str | Path, device: str | torch.device = "cpu") -> tuple[Ag
     return restore_agent(args, state, device), args
 
 
-def check_finite(window: list[dict[str, Tensor]], step: int, folder: Path) -> None:
-    """Stop the program when a metric of these updates is not finite."""
-    for name in window[0] if window else ():
-        if not torch.stack([metrics[name] for metrics in window]).isfinite().all():
-            sys.exit(f"dreamerv3.py: {name} is not finite at step {step}; the last good checkpoint is in {folder}")
+def check_finite(names: Iterable[str], window: list[Tensor], step: int, folder: Path) -> None:
+    """Stop the program when one of these metrics is not finite; window: their values (metrics,) of every update."""
+    if window and not torch.stack(window).isfinite().all():
+        name = next(n for n, x in zip(names, torch.stack(window).T, strict=True) if not x.isfinite().all())
+        sys.exit(f"dreamerv3.py: {name} is not finite at step {step}; the last good checkpoint is in {folder}")
 
 
 # === 11. Main =========================================================================================================
@@ -998,7 +1025,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
         args = parse(stored)
         args.resume = str(folder)
         free = "resume total_timesteps checkpoint_frequency log_frequency compile cuda save_model capture_video track"
-        free += " wandb_project_name wandb_entity eval_only eval_episodes eval_frequency video_frequency"
+        free += " cudagraphs wandb_project_name wandb_entity eval_only eval_episodes eval_frequency video_frequency"
         free += " seed" * args.eval_only
         for name, old in asdict(stored).items():
             flag, new = f"--{name.replace('_', '-')}", getattr(args, name)
@@ -1311,7 +1338,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(seed)
 
     def save() -> bool:
-        check_finite(window, global_step, folder)  # a broken network never replaces a good checkpoint
+        check_finite(metrics, window, global_step, folder)  # a broken network never replaces a good checkpoint
         state = {"args": asdict(args), "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"replay": replay.state_dict(), "capacity": capacity, "torch_rng": torch.get_rng_state()}
         state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "seconds": time.time() - progress.begin}
@@ -1341,7 +1368,9 @@ def main(argv: list[str] | None = None) -> None:
 
     stop = Interrupt()
     progress = None if rank else Progress(folder, args, global_step, resumed["seconds"] if resumed else 0.0)
-    to_compile, window, updating, began = args.compile, [], 0.0, (time.time(), global_step, updates)
+    act, update = partial(policy, agent), partial(train_step, agent, optimizer, args=args)
+    to_compile, to_capture = args.compile, args.cudagraphs and device.type == "cuda" and world == 1
+    metrics, window, updating, began = {}, [], 0.0, (time.time(), global_step, updates)
 
     obs, _ = attempt(envs.reset, seed=seed)
     reward = np.zeros(args.num_envs, np.float32)
@@ -1351,12 +1380,13 @@ def main(argv: list[str] | None = None) -> None:
     while not stop.now() and global_step < args.total_timesteps:
         # act on what arrived, and store it with the action and the latent
         tensors = {key: torch.as_tensor(x).to(device) for key, x in obs.items()}
-        action, state = policy(agent, tensors, state, torch.as_tensor(is_first).to(device))
+        first = torch.as_tensor(is_first).to(device)
+        action, state = act(tensors, state, first)
         action = stored_action(action, action_spec).cpu().numpy()
         step = {f"obs/{key}": x for key, x in obs.items()}
         step |= {"action": action, "reward": reward, "is_first": is_first}
         step |= {"is_last": terminated | truncated, "is_terminal": terminated}
-        step |= {"deter": state[0].cpu().numpy(), "stoch": state[1].argmax(-1).cpu().numpy()}
+        step |= {"deter": state[0].half().cpu().numpy(), "stoch": state[1].argmax(-1).byte().cpu().numpy()}
         replay.add(step)
         global_step += num_envs
 
@@ -1374,9 +1404,11 @@ def main(argv: list[str] | None = None) -> None:
             if to_compile:
                 compile_functions(agent, batch, args)
                 to_compile = False
-            (deter, stoch), metrics = train_step(agent, optimizer, batch, args)
-            replay.update_latents(index, deter.cpu().numpy(), stoch.argmax(-1).cpu().numpy())
-            window.append(metrics)
+            (deter, stoch), metrics = update(batch)
+            replay.update_latents(index, deter.half().cpu().numpy(), stoch.argmax(-1).byte().cpu().numpy())
+            window.append(torch.stack([*metrics.values()]))  # (metrics,)
+            if to_capture:
+                act, update, to_capture = capture(act, tensors, state, first), capture(update, batch), False
             updates += 1
             owed -= 1
             if args.video_frequency and updates % args.video_frequency == 0 and not rank:
@@ -1392,10 +1424,10 @@ def main(argv: list[str] | None = None) -> None:
             progress.episode(global_step, global_step * repeat, score, length)
         progress.update(global_step, updates, first_update)
         if window and global_step % args.log_frequency < num_envs:
-            check_finite(window, global_step, folder)
+            check_finite(metrics, window, global_step, folder)
             now = time.time()
             seconds = now - began[0]
-            values = {name: torch.stack([m[name] for m in window]).mean().item() for name in window[0]}
+            values = dict(zip(metrics, torch.stack(window).mean(0).tolist(), strict=True))
             values |= {"charts/SPS": (global_step - began[1]) / seconds, "charts/updates": updates}
             values |= {"charts/updates_per_second": (updates - began[2]) / seconds}
             values |= {"charts/frames": global_step * repeat, "charts/time_share_update": updating / seconds}

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import types
-from functools import reduce
+from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from gymnasium import spaces
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import dreamerv3
 import networks
@@ -319,6 +320,38 @@ def test_update_never_waits_for_the_device_and_stays_on_it(action, device):
         latents, metrics = dreamerv3.train_step(agent, optimizer, batch, args)
         out, _ = dreamerv3.policy(agent, {key: x[:, 0] for key, x in obs.items()}, state, batch["is_first"][:, 0])
     assert {x.device.type for x in (out, *latents, *metrics.values())} == {device} and out.shape == (2, action.size)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_captured_updates_are_the_updates(precision):
+    results = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        agent, args = make_agent(SPECS, precision=precision)
+        batches = [tree_map(lambda x: x.cuda(), make_batch(agent)) for _ in range(3)]
+        batches[2]["reward"] += 1  # what a graph has to be told
+        agent = agent.cuda()
+        update = partial(dreamerv3.train_step, agent, dreamerv3.LaProp(agent.trained(), 1e-3, warmup=1), args=args)
+        metrics = []
+        for batch in batches:
+            latents, out = update(batch)
+            metrics.append(torch.stack([*out.values()]))
+            if captured and len(metrics) == 1:
+                plain, update = update, dreamerv3.capture(update, batch)
+                assert update is not plain
+        results.append([*metrics, *latents, *agent.parameters()])
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(eager, graph, rtol=1e-3, atol=1e-4)
+
+
+def test_what_cannot_be_captured_runs_as_it_is(capsys, monkeypatch):
+    def broken():
+        raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", broken)
+    assert dreamerv3.capture(torch.neg, torch.ones(2)) is torch.neg
+    assert capsys.readouterr().out == "cannot capture a CUDA graph, going on without: 'no graphs here'\n"
 
 
 def test_compiled_functions_are_one_graph_each(monkeypatch):
@@ -1056,9 +1089,10 @@ def test_dreams_are_drawn(program):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    window = [{"losses/recon": torch.tensor(1.0)}, {"losses/recon": torch.tensor(float("nan"))}]
+    window = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("nan")])]
     with pytest.raises(SystemExit, match="losses/recon is not finite at step 7"):
-        dreamerv3.check_finite(window, 7, tmp_path)
+        dreamerv3.check_finite(["losses/rep", "losses/recon"], window, 7, tmp_path)
+    dreamerv3.check_finite(["losses/rep", "losses/recon"], window[:1], 7, tmp_path)
 
 
 # === evaluation, videos, tracking =====================================================================================
