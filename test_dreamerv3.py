@@ -756,7 +756,8 @@ KEYS += ["world_model/prior_entropy", "world_model/posterior_entropy"]
 KEYS += [f"behavior/{k}" for k in "return_mean return_scale advantage_mag value_mean reward_mean".split()]
 KEYS += ["behavior/continue_mean", "behavior/actor_entropy"]
 KEYS += ["optim/grad_norm", "optim/update_rms", "optim/param_rms"]
-WORDS = "device: cpu|parameters: encoder|CUDA is not available|GB free|1 update every|run folder: runs/".split("|")
+WORDS = "parameters: encoder|GB free|1 update every|run folder: runs/".split("|")
+WORDS += ["device: cuda"] if torch.cuda.is_available() else ["device: cpu", "CUDA is not available"]
 
 
 @pytest.mark.parametrize(
@@ -1107,7 +1108,7 @@ def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsy
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
     lines = []
     for path in (folder, folder / "checkpoint_previous.pt", folder / "model.pt"):
-        agent, args = dreamerv3.load_agent(path)
+        agent, args = dreamerv3.load_agent(path, "cuda" if torch.cuda.is_available() else "cpu")
         dreamerv3.evaluate(agent, args, 4, seed=3)
         lines.append(capsys.readouterr().out.splitlines()[-1])
         assert not program(f"--resume {path} --eval-only --eval-episodes 4 --seed 3")
@@ -1406,9 +1407,8 @@ def test_torchrun_trains_logs_once_and_resumes(tmp_path):
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 {ROOT / 'dreamerv3.py'}"
 
     def output(flags: str) -> str:
-        return subprocess.run(
-            [*torchrun.split(), *flags.split()], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-        ).stdout
+        options = {"cwd": tmp_path, "env": os.environ | {"CUDA_VISIBLE_DEVICES": ""}, "text": True}
+        return subprocess.run([*torchrun.split(), *flags.split()], stdout=subprocess.PIPE, **options).stdout
 
     text = output(f"{FAST} --env-id CartPole-v1 --seed 3 --total-timesteps 150 --checkpoint-frequency 20")
     assert text.count("run folder: ") == 1 and "1 update every 8 agent steps" in text  # both processes' steps
