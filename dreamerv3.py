@@ -769,6 +769,7 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
 
 
 THIS = sys.modules[__name__]
+fork_rng = partial(torch.random.fork_rng, devices=range(torch.cuda.device_count()))  # naming none, several GPUs warn
 # small functions only: an unrolled 64-step loop would compile for ten minutes
 COMPILED = [(networks.RSSM, "observe_step"), (networks.RMSNorm, "maps"), (networks, "pixels_to_maps")]
 COMPILED += [(THIS, name) for name in ("image_loss", "imagine_step", "actor_critic_loss")]
@@ -778,6 +779,7 @@ def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
     """Compile the functions that an update spends its time in, once per process, by computing the loss of a batch.
 
     Halves the time of an update. Where it fails (no compiler, unsupported platform) everything goes on in eager mode.
+    In torch's default mode on CUDA too: others make graphs of single functions, `capture` makes one of the update.
     """
 
     def replace(functions):
@@ -790,7 +792,7 @@ def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
     print("compiling the inner functions of an update, a minute or two the first time", flush=True)
     try:
         replace([torch.compile(function, dynamic=False) for function in plain])
-        with torch.random.fork_rng():
+        with fork_rng():
             loss(agent, batch, args)[0].backward()
         print(f"compiled in {time.time() - start:.0f} s", flush=True)
     except Exception as error:  # compilers fail in many ways
@@ -836,7 +838,7 @@ def evaluate(agent: Agent, args: Args, episodes: int, seed: int, videos: Path | 
     env = make_env(args.env_id, args.image_size, args.action_repeat, videos is not None)
     env = record(env, videos, episode_trigger=lambda episode: True)
     device, returns = agent.return_norm.lo.device, []
-    with torch.random.fork_rng():
+    with fork_rng():
         torch.manual_seed(seed)
         while len(returns) < episodes:
             obs, _ = env.reset(seed=None if returns else seed)
@@ -886,7 +888,7 @@ def open_loop(agent: Agent, batch: dict, context: int = 5) -> dict[str, Tensor]:
     return out
 
 
-@torch.random.fork_rng()  # training goes on as if there had been no dream
+@fork_rng()  # training goes on as if there had been no dream
 def write_dream(agent: Agent, batch: dict, folder: Path, writer: SummaryWriter, step: int, updates: int) -> None:
     """Draw open_loop of a batch: images into folder/dreams/{updates}.gif, vectors into .png, both into TensorBoard.
 
