@@ -1409,7 +1409,7 @@ def main(argv: list[str] | None = None) -> None:
             (deter, stoch), metrics = update(batch)
             replay.update_latents(index, deter.half().cpu().numpy(), stoch.argmax(-1).byte().cpu().numpy())
             window.append(torch.stack([*metrics.values()]))  # (metrics,)
-            if to_capture:
+            if to_capture:  # now that an update has loaded all kernels
                 act, update, to_capture = capture(act, tensors, state, first), capture(update, batch), False
             updates += 1
             owed -= 1
