@@ -42,7 +42,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext, redirect_stderr, suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial, reduce
@@ -316,7 +316,8 @@ class Adapter(gym.ObservationWrapper):
             if spec.classes:
                 good = integer and space.contains(x)
             else:
-                good = x.dtype == np.uint8 if spec.is_image else integer or x.dtype.kind == "f" and np.isfinite(x).all()
+                finite = integer or x.dtype.kind == "f" and (abs(x) <= np.finfo(np.float32).max).all()
+                good = x.dtype == np.uint8 if spec.is_image else finite
             if not good or x.shape != space.shape:
                 declared = space if spec.classes else f"finite {space.dtype} {space.shape}"
                 values = np.array2string(x.ravel(), threshold=9, max_line_width=999)
@@ -500,6 +501,7 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
 
     # the KL is summed over the S groups first, then floored: free nats are per step
     post, prior = OneHot(post_logits, args.unimix), OneHot(prior_logits, args.unimix)
+    fixed_post, fixed_prior = OneHot(post_logits.detach(), args.unimix), OneHot(prior_logits.detach(), args.unimix)
     recon_loss = sum(vector_loss(recon[key], batch["obs"][key]) for key in recon)
     if maps is not None:
         recon_loss = recon_loss + image_loss(maps, networks.split_phases(agent.encoder.stack(batch["obs"])))
@@ -509,13 +511,13 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
         "continue": F.binary_cross_entropy_with_logits(
             cont_logits, (~batch["is_terminal"]).float() * args.gamma, reduction="none"
         ),  # predicts the discount too: imagination needs no other
-        "dyn": post.detach().kl(prior).sum(-1).clamp(min=args.free_nats),  # trains the prior
-        "rep": post.kl(prior.detach()).sum(-1).clamp(min=args.free_nats),  # trains the posterior
+        "dyn": fixed_post.kl(prior).sum(-1).clamp(min=args.free_nats),  # trains the prior
+        "rep": post.kl(fixed_prior).sum(-1).clamp(min=args.free_nats),  # trains the posterior
     }
     outputs = {"embed": embed, "post": post_logits, "prior": prior_logits}
-    outputs |= {"entropy": {"world_model/prior_entropy": prior.detach().entropy().sum(-1).mean()}}
-    outputs["entropy"]["world_model/posterior_entropy"] = post.detach().entropy().sum(-1).mean()
     outputs |= {"reward": reward_logits, "cont": cont_logits, "recon": recon, "maps": maps}
+    entropies = {"prior": fixed_prior.entropy(), "posterior": fixed_post.entropy()}  # (B, T, S) each
+    outputs["entropy"] = {f"world_model/{name}_entropy": x.sum(-1).mean() for name, x in entropies.items()}
     return losses, deter, stoch, outputs
 
 
@@ -769,10 +771,14 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
 
 
 THIS = sys.modules[__name__]
-fork_rng = partial(torch.random.fork_rng, devices=range(torch.cuda.device_count()))  # naming none, several GPUs warn
 # small functions only: an unrolled 64-step loop would compile for ten minutes
 COMPILED = [(networks.RSSM, "observe_step"), (networks.RMSNorm, "maps"), (networks, "pixels_to_maps")]
 COMPILED += [(THIS, name) for name in ("image_loss", "imagine_step", "actor_critic_loss")]
+
+
+def fork_rng() -> AbstractContextManager:
+    """A block that leaves torch's random state as it was, on the GPUs too if they are in use."""
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
 
 
 def compile_functions(agent: Agent, batch: dict, args: Args) -> None:
@@ -888,14 +894,14 @@ def open_loop(agent: Agent, batch: dict, context: int = 5) -> dict[str, Tensor]:
     return out
 
 
-@fork_rng()  # training goes on as if there had been no dream
 def write_dream(agent: Agent, batch: dict, folder: Path, writer: SummaryWriter, step: int, updates: int) -> None:
     """Draw open_loop of a batch: images into folder/dreams/{updates}.gif, vectors into .png, both into TensorBoard.
 
     Borders are green while the model sees the frames, red when it does not, white where an episode starts.
     """
     context, is_first = 5, batch["is_first"].cpu()
-    dream = {key: x.cpu() for key, x in open_loop(agent, batch, context).items()}
+    with fork_rng():  # training goes on as if there had been no dream
+        dream = {key: x.cpu() for key, x in open_loop(agent, batch, context).items()}
     # images that are not RGB are shown by their last channel: the newest of stacked frames
     images = [x if x.shape[-1] == 3 else x[..., -1:].expand(*x.shape[:-1], 3) for x in dream.values() if x.ndim == 5]
     lines = [(f"{key}[{i}]", x[..., i]) for key, x in dream.items() if x.ndim == 4 for i in range(x.shape[-1])]
@@ -1057,6 +1063,7 @@ def check_args(args: Args) -> None:
         ("return_lambda tau", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("bins", lambda x: x >= 3 and x % 2, "odd, so that one bin is exactly 0, and at least 3"),
         ("image_size", lambda x: x % 16 == 0 and 48 <= x <= 256, "a multiple of 16 from 48 to 256"),
+        ("seed", lambda x: x < 2**32, "less than 2^32"),
         ("learning_starts", lambda x: x <= args.total_timesteps, f"at most --total-timesteps {args.total_timesteps}"),
         ("learning_starts", lambda x: x >= window, f"at least {window}, --batch-length per environment"),
         ("buffer_size total_timesteps", lambda x: x >= more, f"at least {more}, --batch-length + 1 per environment"),
@@ -1105,9 +1112,9 @@ def keep_memory() -> None:
 
 
 def make_replay(args: Args, adapter: Adapter, folder: Path, capacity: int, rank: int) -> Replay:
-    """The replay buffer of one process of a run, in the run folder or in RAM; makes the folder.
+    """The replay buffer of one process of a run, in the run folder or in RAM; makes the folder, and that of videos.
 
-    Exits with one line, leaving nothing behind, when the buffer does not fit or the folder cannot be written.
+    Exits with one line, leaving nothing behind, when the buffer does not fit or a folder cannot be written.
     """
     size, action = SIZES[args.size], adapter.action_spec
     layout = {f"obs/{key}": (spec.shape, spec.dtype) for key, spec in adapter.specs.items()}
@@ -1125,7 +1132,10 @@ def make_replay(args: Args, adapter: Adapter, folder: Path, capacity: int, rank:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         seed = args.seed + 1000 * rank
-        return Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, seed, where)
+        replay = Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, seed, where)
+        if args.capture_video and not rank:
+            Path("videos", folder.name).mkdir(parents=True, exist_ok=True)
+        return replay
     except (OSError, ValueError, EOFError) as error:
         if not args.resume:
             shutil.rmtree(folder, ignore_errors=True)
@@ -1296,7 +1306,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit()
     adapter = make_env(args.env_id, args.image_size, args.action_repeat, videos is not None)
     specs, action_spec, repeat = adapter.specs, adapter.action_spec, adapter.repeat
-    capacity = resumed["capacity"] if resumed else min(args.buffer_size, args.total_timesteps // world)
+    wanted = min(args.buffer_size, args.total_timesteps // world)
+    capacity = resumed["capacity"] if resumed else wanted
+    if capacity < wanted:
+        print(f"warning: the replay buffer stays at {capacity:,} steps; a new run of this length would keep {wanted:,}")
     if args.track and not rank:
         track(args, folder.name)
     replay = make_replay(args, adapter, folder, capacity, rank)
@@ -1323,14 +1336,15 @@ def main(argv: list[str] | None = None) -> None:
         except (KeyError, RuntimeError, ValueError) as error:  # torch names the tensors
             fail(f"--resume {folder} belongs to other spaces or another size: {str(error)[:300]}")
         torch.set_rng_state(resumed["torch_rng"])
-        torch.cuda.set_rng_state_all(resumed["cuda_rng"][: torch.cuda.device_count()])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state_all(resumed["cuda_rng"][: torch.cuda.device_count()])
         global_step, updates, owed = resumed["global_step"], resumed["updates"], resumed["owed"]
         stored = -largest(-replay.now) * num_envs  # by all ranks
         if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
             owed += max(0, stored - max(global_step, args.learning_starts)) / update_steps
             global_step = stored
         refill = "" if filled else f": WITHOUT THEM, collecting {args.learning_starts:,} before the next update"
-        done = f"step {global_step:,} after {updates:,} updates"
+        done = f"step {global_step:,} after {updates:,} updates, {int(owed):,} owed"
         print(f"resumed at {done}, {filled:,} steps in the replay buffer{refill}", flush=True)
     first_update = args.learning_starts if filled else global_step + args.learning_starts
     seed = args.seed + 1000 * rank + global_step  # of the environments, and of the noise of other ranks
@@ -1342,8 +1356,9 @@ def main(argv: list[str] | None = None) -> None:
     def save() -> bool:
         check_finite(metrics, window, global_step, folder)  # a broken network never replaces a good checkpoint
         state = {"args": asdict(args), "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"replay": replay.state_dict(), "capacity": capacity, "torch_rng": torch.get_rng_state()}
-        state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "seconds": time.time() - progress.begin}
+        state |= {"replay": replay.state_dict(), "capacity": capacity, "seconds": time.time() - progress.begin}
+        state["torch_rng"] = torch.get_rng_state()
+        state["cuda_rng"] = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
         try:
             save_checkpoint(folder, state | {"global_step": global_step, "updates": updates, "owed": owed})
             if args.save_model:
@@ -1361,12 +1376,13 @@ def main(argv: list[str] | None = None) -> None:
         except Exception as error:
             stop.code = stop.code or 1
             stop.now()  # what the other ranks wait for, if there are any
+            saved = rank or save()
             if not rank:
-                save()
                 progress.close()
             envs.closed = True  # closing what is broken may fail again; worker processes end with this one
             why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'its process is gone'}"
-            sys.exit(f"dreamerv3.py: {args.env_id} failed at step {global_step}, saved {folder}: {why}")
+            done = f"failed at step {global_step}, {'saved' if saved else 'could not save'} {folder}"
+            sys.exit(f"dreamerv3.py: {args.env_id} {done}: {why}")
 
     stop = Interrupt()
     progress = None if rank else Progress(folder, args, global_step, resumed["seconds"] if resumed else 0.0)
@@ -1415,6 +1431,9 @@ def main(argv: list[str] | None = None) -> None:
             owed -= 1
             if args.video_frequency and updates % args.video_frequency == 0 and not rank:
                 write_dream(agent, batch, folder, progress.writer, global_step, updates)
+            if owed > 1 + num_envs / update_steps and updates % 500 == 0 and not rank:
+                save()  # making up for many steps after a kill: another one must not undo it
+                progress.update(global_step, updates, first_update)
         updating += time.time() - start
 
         # log, save, evaluate: rank 0 does

@@ -137,12 +137,6 @@ class OneHot:
         self.probs = (1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
         self.log_probs = self.probs.log() if unimix else logits.log_softmax(-1)
 
-    def detach(self) -> "OneHot":
-        """The same distribution without gradients."""
-        fixed = object.__new__(OneHot)
-        fixed.probs, fixed.log_probs = self.probs.detach(), self.log_probs.detach()
-        return fixed
-
     def sample(self, u: Tensor) -> Tensor:
         """One-hot sample (…, K) from uniform noise u (…,), with straight-through gradients into the probabilities."""
         probs = self.probs.detach()

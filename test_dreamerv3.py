@@ -670,7 +670,7 @@ OUTSIDE = {
     "tuple/1": [np.array([0, 1, 2, 0])],
     "deep/multi": [np.array([2, 0])],
     "deep/bool": [None],
-    "double": [[[0, np.nan], [0, 0]], [[0, 0], [-np.inf, 0]], np.zeros(4), [["a", "b"], ["c", "d"]]],
+    "double": [*([[0, x], [0, 0]] for x in (np.nan, -np.inf, 1e39)), np.zeros(4), [["a", "b"], ["c", "d"]]],
 }
 
 
@@ -805,7 +805,8 @@ BAD = """--size 3m | --twohot log | --replay-windows all | --precision half | --
 --ent-coef nan | --replay-critic-scale -1 | --buffer-size 500 | --batch-size 2.5 | --free-nats inf | --eval-only
 --eval-episodes 0 | --eval-frequency -1 | --resume nowhere --eval-only | --checkpoint-frequency -1
 --video-frequency -1 | --log-frequency 0 | --resume nowhere | --env-id bad! | --env-id Taxi-v3 | --env-id Pnog-v5
---env-id ALE/Pongg-v5 | --env-id CartPole-v9 | --env-id nomodule:Thing-v0"""  # Taxi-v3 is deprecated
+--env-id ALE/Pongg-v5 | --env-id CartPole-v9 | --env-id nomodule:Thing-v0
+--seed 4294967296"""  # Taxi-v3 is deprecated
 
 
 @pytest.mark.parametrize("flags", [x.strip() for line in BAD.splitlines() for x in line.split("|")])
@@ -832,6 +833,7 @@ HUGE = "--total-timesteps 10000000000000 --buffer-size 10000000000000"
         (f"{HUGE} --capture-video", "80 %.*--buffer-size"),
         ("--capture-video", "--capture-video needs .*moviepy.* pip install moviepy"),
         ("--capture-video --env-id DreamerChain-v0", "Chain-v0 is not supported with --capture-video: .*render_mode"),
+        ("--capture-video", "cannot write the run folder .*: .*'videos/"),
         ("--track", "--track needs .*wandb.* pip install wandb"),
         ("--env-id CartPoel-v1", "--env-id CartPoel-v1 is unknown: .* Closest: CartPole-v1"),
         ("--env-id MinAtar/Breakout-v1", "--env-id MinAtar/Breakout-v1 needs .*minatar.gym .*pip install minatar"),
@@ -845,6 +847,8 @@ def test_a_start_that_fails_is_one_line_and_leaves_nothing(flags, words, program
             monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     if "file" in flags:
         (tmp_path / "runs").touch()
+    if "videos" in words:
+        (tmp_path / "videos").touch()
     if "full" in flags:
         monkeypatch.setattr(os, "posix_fallocate", no_space)
     assert program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 100 {flags}") == 2
@@ -935,7 +939,40 @@ def test_an_environment_that_fails_ends_the_run_saved_with_one_line(fault, envs,
     assert np.load(folder / "replay" / "clock.npy")[0] == steps
 
 
+def test_an_environment_that_fails_says_when_nothing_could_be_saved(program, monkeypatch):
+    monkeypatch.setattr(dreamerv3, "save_checkpoint", lambda folder, state: no_space(None, 0, 0))
+    message = program(f"{QUICK} --env-id Dreamer-reset-v0 --total-timesteps 200")
+    assert "failed at step 0, could not save runs/" in message
+
+
 CHAIN = f"{QUICK} --env-id DreamerChain-v0 --buffer-size 60"
+
+
+def test_updates_made_up_after_a_kill_are_saved_on_the_way(program, monkeypatch):
+    program(f"{CHAIN} --total-timesteps 60")
+    folder, calls = run_folder(Path.cwd()), []
+    torch.save(saved(folder) | {"owed": 700.0}, folder / "checkpoint.pt")
+
+    def update(agent, optimizer, batch, args):
+        calls.append(len(calls))
+        if len(calls) == 600:
+            sys.exit(9)  # a kill
+        latents = [batch[key].unsqueeze(1).expand(-1, 8, *batch[key].shape[1:]) for key in ("deter", "stoch")]
+        return latents, {"losses/total": torch.zeros(())}
+
+    monkeypatch.setattr(dreamerv3, "train_step", update)
+    assert program(f"--resume {folder} --total-timesteps 70") == 9
+    assert (saved(folder)["updates"], saved(folder)["owed"]) == (500, 700.5 - 490)
+
+
+def test_a_gpu_that_cannot_start_is_left_alone(program, monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA driver initialization failed")
+
+    for name, value in {"device_count": lambda: 1, "is_initialized": lambda: False, "_lazy_init": broken}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert not program(f"{CHAIN} --total-timesteps 60 --no-cuda --video-frequency 5 --eval-frequency 30")
+    assert not program(f"--resume {run_folder(Path.cwd())} --total-timesteps 70")
 
 
 def test_resumed_and_evaluated_runs_are_bit_identical_to_a_plain_one(program, tmp_path, capsys):
@@ -1019,12 +1056,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(program, capsys
 
 
 def test_without_persistent_replay_a_resumed_run_refills_first(program, capsys):
-    program(f"{CHAIN} --total-timesteps 60 --no-persist-replay --no-cuda")
+    program(f"{CHAIN} --buffer-size 100 --total-timesteps 60 --no-persist-replay --no-cuda")
     out = capsys.readouterr().out
     assert "free memory" in out and "CUDA" not in out
     folder = run_folder(Path.cwd())
     program(f"--resume {folder} --total-timesteps 120")
-    assert "after 10 updates, 0 steps in the replay buffer: WITHOUT THEM, collecting 40" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "after 10 updates, 0 owed, 0 steps in the replay buffer: WITHOUT THEM, collecting 40" in out
+    assert "warning: the replay buffer stays at 60 steps; a new run of this length would keep 100" in out
     assert saved(folder)["updates"] == 10 + 20 // 2
     assert not (folder / "replay").exists()
 
