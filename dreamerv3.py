@@ -225,23 +225,6 @@ PACKAGES = {  # id prefix -> the module that registers these ids, how to install
 }
 
 
-class ActionRepeat(gym.Wrapper):
-    """Repeat every action, adding up rewards, until the episode ends."""
-
-    def __init__(self, env: gym.Env, repeat: int):
-        super().__init__(env)
-        self.repeat = repeat
-
-    def step(self, action):
-        total = 0.0
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return obs, total, terminated, truncated, info
-
-
 class Adapter(gym.ObservationWrapper):
     """Any supported environment as flat arrays. Raises ValueError for other spaces, and for what leaves its own.
 
@@ -372,7 +355,7 @@ def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, film: bo
             env = gym.wrappers.AtariPreprocessing(env, grayscale_obs=False, **options)
         else:
             env = gym.make(name, disable_env_checker=True, **kwargs)
-            env = ActionRepeat(env, action_repeat) if action_repeat > 1 else env
+            env = gym.wrappers.RepeatAction(env, action_repeat) if action_repeat > 1 else env
         if film:
             require("moviepy", "--capture-video")
             env.reset(seed=0)
