@@ -964,15 +964,21 @@ def load_checkpoint(path: Path, keys: list[str] = CHECKPOINT) -> tuple[Path, Arg
     fail(f"--resume {path} holds no good checkpoint: {', '.join(problems) or 'give the folder runs/... of a run'}")
 
 
+def restore(state: dict, **parts) -> None:
+    """Load these parts of a checkpoint; exits with one line when they differ from it."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (KeyError, RuntimeError, ValueError) as error:  # torch names the tensors
+        fail(f"--resume names a run of other spaces or another size: {str(error)[:300]}")
+
+
 def restore_agent(args: Args, state: dict, device: str | torch.device) -> Agent:
     """The agent of a checkpoint, on the device; an environment is made, to ask it for its spaces."""
     env = make_env(args.env_id, args.image_size, args.action_repeat)
     env.close()
     agent = Agent(env.specs, env.action_spec, SIZES[args.size], args).to(device)
-    try:
-        agent.load_state_dict(state["agent"])
-    except RuntimeError as error:  # torch names the tensors
-        fail(f"this agent belongs to other spaces or another size: {str(error)[:300]}")
+    restore(state, agent=agent)
     return agent
 
 
@@ -1311,13 +1317,7 @@ def main(argv: list[str] | None = None) -> None:
     global_step, updates, owed = 0, 0, 0.0
     filled = -largest(-len(replay))  # by the rank with the fewest steps
     if resumed:
-        try:
-            agent.load_state_dict(resumed["agent"])
-            optimizer.load_state_dict(resumed["optimizer"])
-            if not rank:
-                replay.load_state_dict(resumed["replay"])
-        except (KeyError, RuntimeError, ValueError) as error:  # torch names the tensors
-            fail(f"--resume {folder} belongs to other spaces or another size: {str(error)[:300]}")
+        restore(resumed, agent=agent, optimizer=optimizer, **({} if rank else {"replay": replay}))
         torch.set_rng_state(resumed["torch_rng"])
         if device.type == "cuda":
             torch.cuda.set_rng_state_all(resumed["cuda_rng"][: torch.cuda.device_count()])

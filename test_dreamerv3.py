@@ -1031,7 +1031,7 @@ def test_resume_takes_a_checkpoint_file_and_falls_back_to_a_good_one(program, ca
     )
     state["agent"].pop("reward.0.0.0.weight")
     torch.save(state, foreign)
-    assert "belongs to other spaces or another size: Error(s) in loading" in resume(folder, foreign.read_bytes())
+    assert "names a run of other spaces or another size: Error(s) in loading" in resume(folder, foreign.read_bytes())
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(program, capsys, monkeypatch):
