@@ -482,7 +482,7 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
     cont_logits = agent.cont(feat).squeeze(-1).float()  # (B, T)
     recon, maps = agent.decoder(deter, stoch)  # key -> (B, T, …), and what images are made of
 
-    # the KL is summed over the S groups first, then floored: free nats are per step
+    # (B, T, S, K), fixed: without gradient; KL is summed over the S groups, then floored: free nats are per step
     post, prior = OneHot(post_logits, args.unimix), OneHot(prior_logits, args.unimix)
     fixed_post, fixed_prior = OneHot(post_logits.detach(), args.unimix), OneHot(prior_logits.detach(), args.unimix)
     recon_loss = sum(vector_loss(recon[key], batch["obs"][key]) for key in recon)
@@ -1100,7 +1100,7 @@ def keep_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def make_replay(args: Args, adapter: Adapter, folder: Path, capacity: int, rank: int) -> Replay:
+def make_replay(args: Args, adapter: Adapter, folder: Path, capacity: int, rank: int, videos: Path | None) -> Replay:
     """The replay buffer of one process of a run, in the run folder or in RAM; makes the folder, and that of videos.
 
     Exits with one line, leaving nothing behind, when the buffer does not fit or a folder cannot be written.
@@ -1122,8 +1122,8 @@ def make_replay(args: Args, adapter: Adapter, folder: Path, capacity: int, rank:
         folder.mkdir(parents=True, exist_ok=True)
         seed = args.seed + 1000 * rank
         replay = Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, seed, where)
-        if args.capture_video and not rank:
-            Path("videos", folder.name).mkdir(parents=True, exist_ok=True)
+        if videos:
+            videos.mkdir(parents=True, exist_ok=True)
         return replay
     except (OSError, ValueError, EOFError) as error:
         if not args.resume:
@@ -1301,7 +1301,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"warning: the replay buffer stays at {capacity:,} steps; a new run of this length would keep {wanted:,}")
     if args.track and not rank:
         track(args, folder.name)
-    replay = make_replay(args, adapter, folder, capacity, rank)
+    replay = make_replay(args, adapter, folder, capacity, rank, videos)
     envs = make_envs(args, adapter, videos and videos / f"train-{resumed['global_step'] if resumed else 0}")
     agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
     optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)

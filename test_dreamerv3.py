@@ -954,7 +954,7 @@ def test_updates_made_up_after_a_kill_are_saved_on_the_way(program, monkeypatch)
     torch.save(saved(folder) | {"owed": 700.0}, folder / "checkpoint.pt")
 
     def update(agent, optimizer, batch, args):
-        calls.append(len(calls))
+        calls.append(None)
         if len(calls) == 600:
             sys.exit(9)  # a kill
         latents = [batch[key].unsqueeze(1).expand(-1, 8, *batch[key].shape[1:]) for key in ("deter", "stoch")]
