@@ -755,7 +755,8 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
 
 THIS = sys.modules[__name__]
 # small functions only: an unrolled 64-step loop would compile for ten minutes
-COMPILED = [(networks.RSSM, "observe_step"), (networks.RMSNorm, "maps"), (networks, "pixels_to_maps")]
+COMPILED = [(networks.RSSM, "tapped_step"), (networks.RSSM, "observe_step")]
+COMPILED += [(networks.RMSNorm, "maps"), (networks, "pixels_to_maps")]
 COMPILED += [(THIS, name) for name in ("image_loss", "imagine_step", "actor_critic_loss")]
 
 

@@ -450,16 +450,18 @@ class RSSM(nn.Module):
         states = [x.detach() for x in outs[:2]]  # as_one_batch holding outs would be a cycle that is never freed
         return outs
 
-    def forward(self, deter, stoch, action, embed, is_first, u, *taps):
-        """`observe` step by step, with noise u (B, T, S), adding taps (B, T, …) to what comes out of each step."""
+    def forward(self, deter, stoch, *sequences):
+        """`observe` step by step: sequences are action, embed, is_first, noise u (B, T, S) and taps (B, T, …)."""
         outs = []
-        for *step, tap_deter, tap_stoch, tap_logits in zip(
-            *(x.unbind(1) for x in (action, embed, is_first, u, *taps)), strict=True
-        ):
-            deter, stoch, logits = self.observe_step(deter, stoch, *step)
-            deter, stoch = deter + tap_deter, stoch + tap_stoch
-            outs.append((deter, stoch, logits + tap_logits))
+        for step in zip(*(x.unbind(1) for x in sequences), strict=True):
+            outs.append(self.tapped_step(deter, stoch, *step))
+            deter, stoch, _ = outs[-1]
         return tuple(torch.stack(x, 1) for x in zip(*outs, strict=True))
+
+    def tapped_step(self, deter, stoch, action, embed, is_first, u, *taps):
+        """`observe_step`, with taps added to what comes out: compiled together, that saves hundreds of small calls."""
+        outs = self.observe_step(deter, stoch, action, embed, is_first, u)
+        return tuple(x + tap for x, tap in zip(outs, taps, strict=True))
 
 
 class LateGradients(torch.autograd.Function):
