@@ -35,7 +35,8 @@ def draw(folder: Path) -> None:
             if tasks[task]:
                 ax.plot(*zip(*tasks[task].items(), strict=True), "kx", label="published")
             ax.set(title=task, xlabel="environment steps", ylabel="return")
-            ax.legend()
+            ax.locator_params(axis="x", nbins=5)
+            ax.legend(fontsize="small")
         figure.savefig(folder / f"{suite}.png")
 
 
