@@ -430,8 +430,10 @@ class Agent(nn.Module):
 
 def get_feat(deter: Tensor, stoch: Tensor) -> Tensor:
     """(…, D), (…, S, K) -> (…, F), what every head but the decoder sees, cast once, to bfloat16 under autocast."""
-    feat = torch.cat([deter, stoch.flatten(-2)], -1)
-    return feat.bfloat16() if feat.device.type != "meta" and torch.is_autocast_enabled(feat.device.type) else feat
+    parts, device = [deter, stoch.flatten(-2)], deter.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        parts = [x.bfloat16() for x in parts]
+    return torch.cat(parts, -1)
 
 
 def flat_action(action: Tensor, spec: ActionSpec) -> Tensor:
