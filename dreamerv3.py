@@ -484,9 +484,6 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
     cont_logits = agent.cont(feat).squeeze(-1).float()  # (B, T)
     recon, maps = agent.decoder(deter, stoch)  # key -> (B, T, …), and what images are made of
 
-    # (B, T, S, K), fixed: without gradient; KL is summed over the S groups, then floored: free nats are per step
-    post, prior = OneHot(post_logits, args.unimix), OneHot(prior_logits, args.unimix)
-    fixed_post, fixed_prior = OneHot(post_logits.detach(), args.unimix), OneHot(prior_logits.detach(), args.unimix)
     recon_loss = sum(vector_loss(recon[key], batch["obs"][key]) for key in recon)
     if maps is not None:
         recon_loss = recon_loss + image_loss(maps, networks.split_phases(agent.encoder.stack(batch["obs"])))
@@ -496,14 +493,27 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
         "continue": F.binary_cross_entropy_with_logits(
             cont_logits, (~batch["is_terminal"]).float() * args.gamma, reduction="none"
         ),  # predicts the discount too: imagination needs no other
+    }
+    kl, entropy = kl_losses(post_logits, prior_logits, args)
+    outputs = {"embed": embed, "post": post_logits, "prior": prior_logits}
+    outputs |= {"reward": reward_logits, "cont": cont_logits, "recon": recon, "maps": maps}
+    outputs["entropy"] = entropy
+    return losses | kl, deter, stoch, outputs
+
+
+def kl_losses(post_logits: Tensor, prior_logits: Tensor, args: Args) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Dynamics and representation loss (B, T) between posterior and prior, from their logits (B, T, S, K), and metrics.
+
+    fixed: without gradient. KL is summed over the S groups, then floored: free nats are per step.
+    """
+    post, prior = OneHot(post_logits, args.unimix), OneHot(prior_logits, args.unimix)
+    fixed_post, fixed_prior = OneHot(post_logits.detach(), args.unimix), OneHot(prior_logits.detach(), args.unimix)
+    losses = {
         "dyn": fixed_post.kl(prior).sum(-1).clamp(min=args.free_nats),  # trains the prior
         "rep": post.kl(fixed_prior).sum(-1).clamp(min=args.free_nats),  # trains the posterior
     }
-    outputs = {"embed": embed, "post": post_logits, "prior": prior_logits}
-    outputs |= {"reward": reward_logits, "cont": cont_logits, "recon": recon, "maps": maps}
     entropies = {"prior": fixed_prior.entropy(), "posterior": fixed_post.entropy()}  # (B, T, S) each
-    outputs["entropy"] = {f"world_model/{name}_entropy": x.sum(-1).mean() for name, x in entropies.items()}
-    return losses, deter, stoch, outputs
+    return losses, {f"world_model/{name}_entropy": x.sum(-1).mean() for name, x in entropies.items()}
 
 
 def vector_loss(recon: Tensor, target: Tensor) -> Tensor:
@@ -759,7 +769,7 @@ THIS = sys.modules[__name__]
 # small functions only: an unrolled 64-step loop would compile for ten minutes
 COMPILED = [(networks.RSSM, "tapped_step"), (networks.RSSM, "observe_step")]
 COMPILED += [(networks.RMSNorm, "maps"), (networks, "pixels_to_maps")]
-COMPILED += [(THIS, name) for name in ("image_loss", "imagine_step", "actor_critic_loss")]
+COMPILED += [(THIS, name) for name in ("kl_losses", "image_loss", "imagine_step", "actor_critic_loss")]
 
 
 def fork_rng() -> AbstractContextManager:
