@@ -767,7 +767,7 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
 
 THIS = sys.modules[__name__]
 # small functions only: an unrolled 64-step loop would compile for ten minutes
-COMPILED = [(networks.RSSM, "tapped_step"), (networks.RSSM, "observe_step")]
+COMPILED = [(networks.RSSM, "tapped_steps"), (networks.RSSM, "observe_step")]
 COMPILED += [(networks.RMSNorm, "maps"), (networks, "pixels_to_maps")]
 COMPILED += [(THIS, name) for name in ("kl_losses", "image_loss", "imagine_step", "actor_critic_loss")]
 

@@ -446,7 +446,8 @@ class RSSM(nn.Module):
         dtype = torch.float32 if small else embed.dtype
         fixed = {k: p.detach().to(dtype if p.ndim > 1 else p.dtype) for k, p in self.named_parameters()}
         with torch.autocast("cpu", enabled=False) if small else nullcontext():
-            outs = torch.func.functional_call(self, fixed, (*first, action, embed.detach(), is_first, u, *taps))
+            start = (x.detach().requires_grad_() for x in first)  # like later states: compiled once, not twice
+            outs = torch.func.functional_call(self, fixed, (*start, action, embed.detach(), is_first, u, *taps))
         states = [x.detach() for x in outs[:2]]  # as_one_batch holding outs would be a cycle that is never freed
         return outs
 
@@ -454,15 +455,22 @@ class RSSM(nn.Module):
         """`observe` step by step: sequences are action, embed, is_first, noise u (B, T, S) and taps, one (B, T, …) for
         each of deter (B, T, D), stoch and logits (B, T, S, K), to which they are added."""
         outs = []
-        for step in zip(*(x.unbind(1) for x in sequences), strict=True):
-            outs.append(self.tapped_step(deter, stoch, *step))
-            deter, stoch, _ = outs[-1]
-        return tuple(torch.stack(x, 1) for x in zip(*outs, strict=True))
+        for chunk in zip(*(x.split(4, 1) for x in sequences), strict=True):
+            deter, stoch, *out = self.tapped_steps(deter, stoch, *chunk)
+            outs.append(out)
+        return tuple(torch.cat(x, 1) for x in zip(*outs, strict=True))
 
-    def tapped_step(self, deter, stoch, action, embed, is_first, u, *taps):
-        """`observe_step`, with taps added to what comes out: in one compiled function, 2.5 % of an update less."""
-        outs = self.observe_step(deter, stoch, action, embed, is_first, u)
-        return tuple(x + tap for x, tap in zip(outs, taps, strict=True))
+    def tapped_steps(self, deter, stoch, *sequences):
+        """A few steps of `forward`: -> the last deter and stoch, then what comes out of all steps, (B, steps, …).
+
+        Four steps compiled as one function make fewer calls than four functions: a vector update takes 4 to 8 % less.
+        """
+        outs = []
+        for action, embed, is_first, u, *taps in zip(*(x.unbind(1) for x in sequences), strict=True):
+            out = self.observe_step(deter, stoch, action, embed, is_first, u)
+            outs.append([x + tap for x, tap in zip(out, taps, strict=True)])
+            deter, stoch, _ = outs[-1]
+        return deter, stoch, *(torch.stack(x, 1) for x in zip(*outs, strict=True))
 
 
 class LateGradients(torch.autograd.Function):
