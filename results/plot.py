@@ -13,6 +13,8 @@ SUITES = {  # figure -> environment -> published mean return after so many envir
     "dm_control": {
         "dm_control-finger-spin-v0": {50_000: 483, 100_000: 748},
         "dm_control-reacher-easy-v0": {50_000: 558, 100_000: 740},
+        "dm_control-ball_in_cup-catch-v0": {50_000: 523},
+        "dm_control-cartpole-balance-v0": {50_000: 488},
     },
     "atari": {"BoxingNoFrameskip-v4": {120_000: 33, 200_000: 47}, "ALE-Pong-v5": {200_000: -16}},
 }
@@ -25,8 +27,11 @@ def draw(folder: Path) -> None:
         logs = {task: paths for task, paths in logs.items() if paths}
         if not logs:
             continue
-        figure = Figure((5 * len(logs), 3.5), dpi=100, layout="constrained")
-        for ax, (task, paths) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items(), strict=True):
+        columns = min(2, len(logs))
+        rows = -(-len(logs) // columns)
+        figure = Figure((5 * columns, 3.5 * rows), dpi=100, layout="constrained")
+        for i, (task, paths) in enumerate(logs.items()):
+            ax = figure.add_subplot(rows, columns, i + 1)
             for path in paths:
                 frames, returns = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(1, 2), ndmin=2).T
                 means = [returns[max(0, i - 19) : i + 1].mean() for i in range(len(returns))]
