@@ -768,7 +768,7 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
 THIS = sys.modules[__name__]
 # small functions only: an unrolled 64-step loop would compile for ten minutes
 COMPILED = [(networks.RSSM, "tapped_steps"), (networks.RSSM, "observe_step"), (networks.RMSNorm, "maps")]
-COMPILED += [(networks, name) for name in ("pixels_to_maps", "merge_phases", "split_phases")]
+COMPILED += [(networks, name) for name in ("pixels_to_maps", "split_phases")]
 COMPILED += [(THIS, name) for name in ("kl_losses", "image_loss", "imagine_step")]
 COMPILED += [(THIS, name) for name in ("actor_critic_loss", "replay_critic_loss")]
 

@@ -377,6 +377,8 @@ class Encoder(nn.Module):
 class RSSM(nn.Module):
     """Sequence model h_t = core(h_{t-1}, z_{t-1}, a_{t-1}), posterior z_t ~ q(z | h_t, x_t), prior z_t ~ p(z | h_t)."""
 
+    steps_per_call = 4  # of filtering, see tapped_steps
+
     def __init__(self, embed: int, action: int, size: Size, unimix: float):
         super().__init__()
         self.size, self.unimix = size, unimix
@@ -455,7 +457,7 @@ class RSSM(nn.Module):
         """`observe` step by step: sequences are action, embed, is_first, noise u (B, T, S) and taps, one (B, T, …) for
         each of deter (B, T, D), stoch and logits (B, T, S, K), to which they are added."""
         outs = []
-        for chunk in zip(*(x.split(4, 1) for x in sequences), strict=True):
+        for chunk in zip(*(x.split(self.steps_per_call, 1) for x in sequences), strict=True):
             deter, stoch, *out = self.tapped_steps(deter, stoch, *chunk)
             outs.append(out)
         return tuple(torch.cat(x, 1) for x in zip(*outs, strict=True))
@@ -464,6 +466,7 @@ class RSSM(nn.Module):
         """A few steps of `forward`: -> the last deter and stoch, then what comes out of all steps, (B, steps, …).
 
         Four steps compiled as one function make fewer calls than four functions: a vector update takes 4 to 8 % less.
+        More take longer to compile.
         """
         outs = []
         for action, embed, is_first, u, *taps in zip(*(x.unbind(1) for x in sequences), strict=True):
