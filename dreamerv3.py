@@ -495,9 +495,8 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
         ),  # predicts the discount too: imagination needs no other
     }
     kl, entropy = kl_losses(post_logits, prior_logits, args)
-    outputs = {"embed": embed, "post": post_logits, "prior": prior_logits}
+    outputs = {"embed": embed, "post": post_logits, "prior": prior_logits, "entropy": entropy}
     outputs |= {"reward": reward_logits, "cont": cont_logits, "recon": recon, "maps": maps}
-    outputs["entropy"] = entropy
     return losses | kl, deter, stoch, outputs
 
 
@@ -769,8 +768,7 @@ THIS = sys.modules[__name__]
 # small functions only: an unrolled 64-step loop would compile for ten minutes
 COMPILED = [(networks.RSSM, "tapped_steps"), (networks.RSSM, "observe_step"), (networks.RMSNorm, "maps")]
 COMPILED += [(networks, name) for name in ("pixels_to_maps", "split_phases")]
-COMPILED += [(THIS, name) for name in ("kl_losses", "image_loss", "imagine_step")]
-COMPILED += [(THIS, name) for name in ("actor_critic_loss", "replay_critic_loss")]
+COMPILED += [(THIS, name) for name in ("kl_losses", "image_loss", "imagine_step", "actor_critic_loss")]
 
 
 def fork_rng() -> AbstractContextManager:

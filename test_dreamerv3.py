@@ -1401,7 +1401,7 @@ def check_updates(golden):
 def test_compiled_updates_equal_the_official_ones(path, argmax_sampling, monkeypatch):
     """About a minute each with a cold compiler cache, so not part of `-k golden`."""
     golden = Golden(path)
-    monkeypatch.setattr(networks.RSSM, "steps_per_call", 1)  # compiles faster
+    monkeypatch.setattr(networks.RSSM, "steps_per_call", 1)  # compiles faster; tests without a compiler take four
     for owner, name in dreamerv3.COMPILED:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # restores the plain functions afterwards
     dreamerv3.compile_functions(golden.agent, golden.batch(), golden.args)
