@@ -15,8 +15,10 @@ SUITES = {  # figure -> environment -> published mean return after so many envir
         "dm_control-reacher-easy-v0": {50_000: 558, 100_000: 740},
         "dm_control-ball_in_cup-catch-v0": {50_000: 523},
         "dm_control-cartpole-balance-v0": {50_000: 488},
+        "dm_control-walker-walk-v0": {50_000: 253, 100_000: 461},
     },
     "atari": {"BoxingNoFrameskip-v4": {120_000: 33, 200_000: 47}, "ALE-Pong-v5": {200_000: -16}},
+    "minatar": {"MinAtar-Breakout-v1": {}},
 }
 
 
