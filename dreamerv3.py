@@ -306,7 +306,9 @@ class Adapter(gym.ObservationWrapper):
                 values = np.array2string(x.ravel(), threshold=9, max_line_width=999)
                 raise ValueError(f"observation '{key}' is declared {declared} and came as {x.dtype} {x.shape} {values}")
             if spec.is_image and x.shape[:2] != spec.shape[:2]:
-                x = cv2.resize(x, spec.shape[1::-1], interpolation=cv2.INTER_AREA)
+                parts = np.split(x, range(4, x.shape[2], 4), 2)  # OpenCV's limit is 4 channels
+                parts = [cv2.resize(part, spec.shape[1::-1], interpolation=cv2.INTER_AREA) for part in parts]
+                x = np.concatenate([part.reshape(*spec.shape[:2], -1) for part in parts], 2)
             elif spec.classes:
                 x = x - getattr(space, "start", 0)
             out[key] = x.astype(spec.dtype).reshape(spec.shape)

@@ -664,6 +664,14 @@ def test_adapter_names_what_it_does_not_support():
         dreamerv3.Adapter(Everything(spaces.Dict({"a": spaces.Discrete(2)})), 64)
 
 
+def test_images_of_many_channels_are_resized_as_those_of_few():
+    env = Everything()
+    env.observation_space = spaces.Box(0, 255, (84, 84, 7), np.uint8)  # OpenCV refuses 7 channels here
+    stack = env.observation_space.sample()
+    single = [cv2.resize(stack[..., i], (64, 64), interpolation=cv2.INTER_AREA) for i in range(7)]
+    np.testing.assert_array_equal(dreamerv3.Adapter(env, 64).observation(stack)["obs"], np.stack(single, -1))
+
+
 OUTSIDE = {
     "camera": [np.zeros((20, 30, 1), np.float32), np.zeros((30, 20, 1), np.uint8)],
     "tuple/0": [8, 5.5],
