@@ -1056,8 +1056,8 @@ def check_args(args: Args) -> None:
     positive = "total_timesteps num_envs batch_size learning_rate train_ratio log_frequency imagination_horizon clip"
     positive = f"{positive} eval_episodes"
     world = dist.get_world_size() if dist.is_initialized() else 1
-    envs, batch = args.num_envs * world, args.batch_size * args.batch_length
-    window, more = args.batch_length * envs, (args.batch_length + 1) * envs
+    window, batch = args.batch_length * args.num_envs * world, args.batch_size * args.batch_length
+    more, per_env = (args.batch_length + 1) * args.num_envs, "--batch-length + 1 per environment"
     rules = [
         (numbers, lambda x: 0 <= x < math.inf, "at least 0"),
         (positive, lambda x: x > 0, "more than 0"),
@@ -1069,7 +1069,8 @@ def check_args(args: Args) -> None:
         ("seed", lambda x: x < 2**32, "less than 2^32"),
         ("learning_starts", lambda x: x <= args.total_timesteps, f"at most --total-timesteps {args.total_timesteps}"),
         ("learning_starts", lambda x: x >= window, f"at least {window}, --batch-length per environment"),
-        ("buffer_size total_timesteps", lambda x: x >= more, f"at least {more}, --batch-length + 1 per environment"),
+        ("total_timesteps", lambda x: x >= more * world, f"at least {more * world}, {per_env}"),
+        ("buffer_size", lambda x: x >= more, f"at least {more}, {per_env}"),
         ("buffer_size", lambda x: x >= batch, f"at least {batch}, --batch-size * --batch-length, one batch"),
     ]
     for names, good, limit in rules:
@@ -1126,21 +1127,25 @@ def make_replay(args: Args, adapter: Adapter, folder: Path, capacity: int, rank:
     step = Replay.bytes_per_step(layout)
     where = folder / f"replay{rank or ''}" if args.persist_replay else None
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free if where else free_memory()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that share this machine
+    free = (shutil.disk_usage(existing).free if where else free_memory()) // ranks
     kind = "disk" if where else "memory"
     print(f"replay: {capacity:,} steps take {capacity * step / 1e9:.2f} GB of {free / 1e9:.1f} GB free {kind}")
     if not (where and where.exists()) and capacity * step > 0.8 * free:
         most = int(0.8 * free / step)
         fail(f"the replay buffer would take more than 80 % of what is free; --buffer-size {most} or less would fit")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=bool(args.resume) or dist.is_initialized())
         seed = args.seed + 1000 * rank
         replay = Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, seed, where)
         if videos:
             videos.mkdir(parents=True, exist_ok=True)
         return replay
     except (OSError, ValueError, EOFError) as error:
-        if not args.resume:
+        taken = isinstance(error, FileExistsError) and str(error.filename) == str(folder)
+        if taken:
+            error = "another run began in it in the same second; start again, or choose an --exp-name"
+        elif not args.resume:
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):
                 os.removedirs(folder.parent)  # those that are empty

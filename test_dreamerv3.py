@@ -5,6 +5,7 @@
 
 import ast
 import csv
+import dataclasses
 import errno
 import gc
 import io
@@ -827,6 +828,17 @@ def test_bad_input_gives_one_line_and_status_2(flags, program, capsys, tmp_path,
     assert flags.split()[0].lstrip("-") in error.replace("_", "-") and not list(tmp_path.iterdir())
 
 
+def test_limits_count_the_processes_that_train_together(monkeypatch, capsys):
+    monkeypatch.setattr(dreamerv3.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dreamerv3.dist, "get_world_size", lambda: 8)
+    good = Args(num_envs=16, buffer_size=1040, learning_starts=64 * 16 * 8, total_timesteps=65 * 16 * 8)
+    dreamerv3.check_args(good)
+    for name, least in {"buffer_size": 1040, "learning_starts": 8192, "total_timesteps": 8320}.items():
+        with pytest.raises(SystemExit):
+            dreamerv3.check_args(dataclasses.replace(good, **{name: least - 1}))
+        assert "must be at " in capsys.readouterr().err
+
+
 HUGE = "--total-timesteps 10000000000000 --buffer-size 10000000000000"
 
 
@@ -862,6 +874,23 @@ def test_a_start_that_fails_is_one_line_and_leaves_nothing(flags, words, program
     assert program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 100 {flags}") == 2
     error = capsys.readouterr().err.strip()
     assert re.search(words, error) and "\n" not in error and not [x for x in tmp_path.iterdir() if x.is_dir()]
+
+
+def test_a_run_stays_out_of_the_folder_of_another(program, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 7.5)
+    other = tmp_path / "runs" / "CartPole-v1__dreamerv3__1__7" / "checkpoint.pt"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    assert program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 100") == 2
+    assert "1__7: another run began in it" in capsys.readouterr().err and [*other.parent.iterdir()] == [other]
+
+
+def test_processes_share_what_is_free(program, capsys, monkeypatch):
+    monkeypatch.setattr(dreamerv3, "free_memory", lambda: 200 * 115)  # bytes per step
+    flags = f"{QUICK} --env-id CartPole-v1 --total-timesteps 100 --no-persist-replay"
+    assert program(flags) == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert program(flags) == 2 and "--buffer-size 80 or less" in capsys.readouterr().err
 
 
 def test_a_run_survives_sigkills_at_random_moments(tmp_path):
