@@ -1334,21 +1334,21 @@ def main(argv: list[str] | None = None) -> None:
     print(f"run folder: {folder}", flush=True)
 
     global_step, updates, owed = 0, 0, 0.0
-    filled = -largest(-len(replay))  # by the rank with the fewest steps
+    stored = -largest(-replay.now) * num_envs  # by all ranks
+    missing = max(0, args.learning_starts - stored)
     if resumed:
         restore(resumed, agent=agent, optimizer=optimizer, **({} if rank else {"replay": replay}))
         torch.set_rng_state(resumed["torch_rng"])
         if device.type == "cuda":
             torch.cuda.set_rng_state_all(resumed["cuda_rng"][: torch.cuda.device_count()])
         global_step, updates, owed = resumed["global_step"], resumed["updates"], resumed["owed"]
-        stored = -largest(-replay.now) * num_envs  # by all ranks
         if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
             owed += max(0, stored - max(global_step, args.learning_starts)) / update_steps
             global_step = stored
-        refill = "" if filled else f": WITHOUT THEM, collecting {args.learning_starts:,} before the next update"
+        refill = f": TOO FEW, collecting {missing:,} before the next update" if missing else ""
         done = f"step {global_step:,} after {updates:,} updates, {int(owed):,} owed"
-        print(f"resumed at {done}, {filled:,} steps in the replay buffer{refill}", flush=True)
-    first_update = args.learning_starts if filled else global_step + args.learning_starts
+        print(f"resumed at {done}, {len(replay):,} steps in the replay buffer{refill}", flush=True)
+    first_update = global_step + missing
     seed = args.seed + 1000 * rank + global_step  # of the environments, and of the noise of other ranks
     if world > 1:
         update_together(agent, optimizer)

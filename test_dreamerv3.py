@@ -1099,10 +1099,20 @@ def test_without_persistent_replay_a_resumed_run_refills_first(program, capsys):
     folder = run_folder(Path.cwd())
     program(f"--resume {folder} --total-timesteps 120")
     out = capsys.readouterr().out
-    assert "after 10 updates, 0 owed, 0 steps in the replay buffer: WITHOUT THEM, collecting 40" in out
+    assert "after 10 updates, 0 owed, 0 steps in the replay buffer: TOO FEW, collecting 40" in out
     assert "warning: the replay buffer stays at 60 steps; a new run of this length would keep 100" in out
     assert saved(folder)["updates"] == 10 + 20 // 2
     assert not (folder / "replay").exists()
+
+
+def test_a_refill_that_was_interrupted_goes_on(program, capsys):
+    program(f"{CHAIN} --total-timesteps 60")
+    folder = run_folder(Path.cwd())
+    shutil.rmtree(folder / "replay")
+    program(f"--resume {folder} --total-timesteps 70")
+    program(f"--resume {folder} --total-timesteps 120")
+    assert "10 steps in the replay buffer: TOO FEW, collecting 30" in capsys.readouterr().out
+    assert saved(folder)["updates"] == 10 + (120 - 60 - 40) // 2
 
 
 def test_memory_is_constant(program, monkeypatch):
