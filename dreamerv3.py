@@ -1091,6 +1091,7 @@ def choose_device(args: Args) -> torch.device:
         args.precision = "bfloat16" if native else "float32"
     if device.type == "cuda" and args.precision == "bfloat16":
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
+    torch.backends.cudnn.allow_tf32 = args.precision == "bfloat16"  # in convolutions; torch's default is True
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else f" ({torch.cuda.get_device_name()})"
     mode = "compiled" if args.compile and not args.eval_only else "eager"
     absent = ", CUDA is not available" if args.cuda and device.type == "cpu" else ""
