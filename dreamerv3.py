@@ -474,7 +474,7 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
 
     batch: obs key -> (B, T, …), prev_action (B, T, A), reward and flags (B, T), deter (B, D) and stoch (B, S, K) of
     the step before. Returns the losses, each (B, T), the posterior deter (B, T, D) and stoch (B, T, S, K) with
-    gradient, and further outputs: embedding, logits, reconstructions, entropies.
+    gradient, and further outputs: features, embedding, logits, reconstructions, entropies.
     """
     embed = agent.encoder(batch["obs"])  # (B, T, E)
     deter, stoch, post_logits = agent.rssm.observe(
@@ -497,7 +497,7 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
         ),  # predicts the discount too: imagination needs no other
     }
     kl, entropy = kl_losses(post_logits, prior_logits, args)
-    outputs = {"embed": embed, "post": post_logits, "prior": prior_logits, "entropy": entropy}
+    outputs = {"feat": feat, "embed": embed, "post": post_logits, "prior": prior_logits, "entropy": entropy}
     outputs |= {"reward": reward_logits, "cont": cont_logits, "recon": recon, "maps": maps}
     return losses | kl, deter, stoch, outputs
 
@@ -646,9 +646,10 @@ def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args) ->
 def replay_critic_loss(agent: Agent, feat: Tensor, batch: dict, boot: Tensor, args: Args) -> Tensor:
     """Critic loss on replayed trajectories: feat (B, T, F) with gradient into the world model, boot (B, T) the imagined
     return from every state -> (B, T-1)."""
-    value_logits = agent.critic(feat)[:, :-1]  # (B, T-1, V)
+    feat = feat[:, :-1]  # the last step of a sequence has no return
+    value_logits = agent.critic(feat)  # (B, T-1, V)
     with torch.no_grad():
-        slow_value = agent.twohot.mean(agent.slow_critic(feat[:, :-1]))  # (B, T-1)
+        slow_value = agent.twohot.mean(agent.slow_critic(feat))  # (B, T-1)
     returns = lambda_return(
         batch["is_last"], batch["is_terminal"], batch["reward"], boot, args.gamma, args.return_lambda
     )  # (B, T-1)
@@ -732,7 +733,7 @@ def loss(agent: Agent, batch: dict, args: Args) -> tuple[Tensor, tuple[Tensor, T
         behavior_losses, returns, metrics = actor_critic_loss(agent, feat, action, args)
         boot = returns[:, 0].unflatten(0, deter.shape[:2])  # (B, T)
         losses |= behavior_losses
-        losses["replay_critic"] = replay_critic_loss(agent, get_feat(deter, stoch), batch, boot, args)
+        losses["replay_critic"] = replay_critic_loss(agent, outputs["feat"], batch, boot, args)
     losses = {name: value.mean() for name, value in losses.items()}
     scales = {"recon": args.pred_scale, "reward": args.pred_scale, "continue": args.pred_scale}
     scales |= {"dyn": args.dyn_scale, "rep": args.rep_scale, "replay_critic": args.replay_critic_scale}
