@@ -130,13 +130,14 @@ class Replay:
     def _draw(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """n uniform windows: env (n,), time (n, T), and where a row starts its episode over (n, T)."""
         oldest, steps = self._oldest(), np.arange(self.length)
-        count = self.now - oldest - (self.length - 1 if self.windows == "stream" else 0)  # (E,) to draw from
-        total = np.cumsum(np.maximum(count, 0))
+        count = self.now - oldest - (self.length - 1 if self.windows == "stream" else 0)
+        count = np.maximum(count, 0)  # (num_envs,) to draw from
+        total = np.cumsum(count)
         if n and total[-1] == 0:
             raise ValueError(f"nothing to sample: {self.now} steps per environment are stored")
         draw = self.rng.integers(total[-1], size=n)
         env = np.searchsorted(total, draw, side="right")
-        start = oldest[env] + draw - (total - np.maximum(count, 0))[env]
+        start = oldest[env] + draw - (total - count)[env]
         if self.windows == "stream":
             return env, start[:, None] + steps, np.zeros((n, self.length), bool)
         episode = self.episode[env, start % self.slots] % self.slots
@@ -144,10 +145,11 @@ class Replay:
         size = self.end[env, episode] - first  # L, stored steps of the episode
         slide = np.clip(self.rng.integers(-self.length, size), 0, np.maximum(size - self.length, 0))
         offset = np.where(size >= self.length, slide, start - first)[:, None] + steps
-        return env, first[:, None] + offset % size[:, None], (offset > 0) & (offset % size[:, None] == 0) & (steps > 0)
+        offset = offset % size[:, None]
+        return env, first[:, None] + offset, (offset == 0) & (steps > 0)
 
     def _oldest(self) -> np.ndarray:
-        """(E,) first step that can be trained on: one whose predecessor is gone serves only as a starting latent."""
+        """(num_envs,) first step to train on: one whose predecessor is gone serves only as a starting latent."""
         oldest = max(0, self.now - self.kept)
         return oldest + ~(self.data["is_first"][:, oldest % self.slots] | (oldest == 0))
 
