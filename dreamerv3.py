@@ -170,7 +170,7 @@ class Args:
     replay_windows: Literal["episode", "stream"] = "episode"
     """sequences inside one episode, or consecutive steps across episodes (official code)"""
     persist_replay: bool = True
-    """keep the replay buffer in memory-mapped files of the run folder, which resuming needs"""
+    """keep the replay buffer in memory-mapped files of the run folder; a run resumed without collects anew first"""
 
     # Logging
     log_frequency: int = 100
@@ -226,7 +226,7 @@ PACKAGES = {  # id prefix -> the module that registers these ids, how to install
 
 
 class Adapter(gym.ObservationWrapper):
-    """Any supported environment as flat arrays. Raises ValueError for other spaces, and for what leaves its own.
+    """Any supported environment as flat arrays. Raises ValueError for other spaces.
 
     Observations become one dict, nested keys joined by "/" (a space without keys is "obs"): images uint8 (image_size,
     image_size, C), discrete spaces int32 class indices, everything else float32 (n,). Actions come as class indices
@@ -291,7 +291,8 @@ class Adapter(gym.ObservationWrapper):
         return spaces.Box(0, spec.classes - 1 if spec.classes else 255, spec.shape, np.dtype(spec.dtype))
 
     def observation(self, observation) -> dict[str, np.ndarray]:
-        """One flat array per key. Raises ValueError for an observation that is outside its space."""
+        """One flat array per key. Raises ValueError for a wrong shape, a class that does not exist, images that are not
+        uint8, and numbers that are not finite; those outside the bounds of a Box pass."""
         out = {}
         for key, (path, space) in self.leaves.items():
             x, spec = np.asarray(reduce(getitem, path, observation)), self.specs[key]
@@ -550,7 +551,7 @@ def imagine(agent: Agent, deter: Tensor, stoch: Tensor, horizon: int) -> tuple[T
         deter, stoch, feat, action = imagine_step(agent, deter, stoch, actions[-1], u[h], noise[h + 1])
         feats.append(feat)
         actions.append(action)
-    torch.clear_autocast_cache()  # some releases of torch keep weights cast without gradient in it
+    torch.clear_autocast_cache()  # some releases give the actor's loss its weights as cast here, without gradient
     return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
