@@ -237,39 +237,27 @@ class BlockLinear(nn.Module):
 
 
 def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """conv5 on x upsampled 2x (nearest), as its four pixel phases: (N, C, h, w) -> (N, 4C', h, w).
+    """conv5 applied to x upsampled 2x (nearest): (N, C, h, w) -> (N, C', 2h, 2w), channels last in memory.
 
-    A pixel sees 3x3 different inputs: a phase is a 3x3 convolution with sums of the 5x5 taps. Exact, 36 % of the work.
-    Output channels are ordered (row, column, channel): a phase's channels lie together in memory, for norm and loss.
+    Computed on the small map. An output pixel sees only 3x3 different inputs, so each of the four pixels that one input
+    becomes is a 3x3 convolution whose weights are sums of the 5x5 weights. Exact, with 36 % of the multiplications.
     """
 
     def fold(w: Tensor) -> Tensor:
-        """(…, 5) -> (phase, …, 3): the taps that fall on the same input, seen from its first and its second pixel."""
+        """(…, 5) -> (2, …, 3): sums of the weights that meet the same input, for the first and the second pixel."""
         a, b, c, d, e = w.unbind(-1)
         return torch.stack([torch.stack([a + b, c + d, e], -1), torch.stack([a, b + c, d + e], -1)])
 
-    kernel = fold(fold(conv.weight).transpose(-1, -2)).transpose(-1, -2)  # (row, column, C', C, 3, 3)
-    kernel = kernel.flatten(0, 2)  # (4C', C, 3, 3)
-    return F.conv2d(x, kernel, conv.bias.repeat(4), padding=1)
+    kernel = fold(fold(conv.weight).transpose(-1, -2)).transpose(-1, -2)  # (2, 2, C', C, 3, 3), rows first
+    x = F.conv2d(x, kernel.flatten(0, 2), conv.bias.repeat(4), padding=1)  # (N, 4C', h, w)
+    n, _, h, w = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(n, h, w, 2, -1).transpose(2, 3)  # (N, h, 2, w, 2C')
+    return x.reshape(n, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
 
 
-def pixels_to_maps(x: Tensor) -> Tensor:
+def scale_pixels(x: Tensor) -> Tensor:
     """Images uint8 (N, h, w, C) -> [-0.5, 0.5] (N, C, h, w), channels last in memory."""
     return (x.float() / 255 - 0.5).permute(0, 3, 1, 2)
-
-
-def merge_phases(x: Tensor) -> Tensor:
-    """Four phases (N, 4C, h, w) -> the maps they make up, (N, C, 2h, 2w), both channels last in memory."""
-    n, channels, h, w = x.shape
-    x = x.permute(0, 2, 3, 1).reshape(n, h, w, 2, channels // 2).transpose(2, 3)  # (N, h, 2, w, 2C)
-    return x.reshape(n, 2 * h, 2 * w, channels // 4).permute(0, 3, 1, 2)
-
-
-def split_phases(x: Tensor) -> Tensor:
-    """The inverse for images: (…, 2h, 2w, C) -> (…, h, w, 4C)."""
-    *lead, height, width, channels = x.shape
-    x = x.reshape(*lead, height // 2, 2, width // 2, 2 * channels).transpose(-3, -2)  # (…, h, w, 2, 2C)
-    return x.flatten(-2)
 
 
 class RMSNorm(nn.Module):
@@ -284,9 +272,9 @@ class RMSNorm(nn.Module):
         y = y * (y.square().mean(-1, keepdim=True) + 1e-4).rsqrt() * self.scale
         return F.silu(y).to(x.dtype)
 
-    def maps(self, x: Tensor) -> Tensor:
-        """The same on maps (N, P*C, h, w) that are channels-last in memory, for each of their P phases."""
-        return self(x.permute(0, 2, 3, 1).unflatten(-1, (-1, len(self.scale)))).flatten(3).permute(0, 3, 1, 2)
+    def channels(self, x: Tensor) -> Tensor:
+        """The same over the channels of maps (N, C, h, w) that are channels-last in memory."""
+        return self(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def dense(inputs: int, outputs: int) -> nn.Sequential:
@@ -349,10 +337,6 @@ class Encoder(nn.Module):
             self.norms = nn.ModuleList(RMSNorm(c) for c in channels[1:])
             self.embed_size += (height // 16) * (width // 16) * channels[-1]
 
-    def stack(self, obs: dict[str, Tensor]) -> Tensor:
-        """All images side by side, (…, h, w, C)."""
-        return torch.cat([obs[k] for k in self.images], -1) if len(self.images) > 1 else obs[self.images[0]]
-
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
         parts = []
         if self.vectors:
@@ -362,11 +346,11 @@ class Encoder(nn.Module):
                 flat.append(one_hot(obs[key], classes).flatten(-1 - len(shape)) if classes else symlog(obs[key]))
             parts.append(self.mlp(torch.cat(flat, -1)))  # (…, U)
         if self.images:
-            x = self.stack(obs)  # (…, h, w, C)
+            x = torch.cat([obs[k] for k in self.images], -1)  # (…, h, w, C)
             lead = x.shape[:-3]
-            x = pixels_to_maps(x.flatten(0, -4))  # (N, C, h, w)
+            x = scale_pixels(x.flatten(0, -4))  # (N, C, h, w)
             for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = norm.maps(F.max_pool2d(conv(x), 2))  # (N, C', h/2, w/2)
+                x = norm.channels(F.max_pool2d(conv(x), 2))  # (N, C', h/2, w/2)
             parts.append(x.permute(0, 2, 3, 1).flatten(1).unflatten(0, lead))  # (…, h/16 * w/16 * C)
         return torch.cat(parts, -1)  # (…, E)
 
@@ -376,8 +360,6 @@ class Encoder(nn.Module):
 
 class RSSM(nn.Module):
     """Sequence model h_t = core(h_{t-1}, z_{t-1}, a_{t-1}), posterior z_t ~ q(z | h_t, x_t), prior z_t ~ p(z | h_t)."""
-
-    steps_per_call = 4  # of filtering, see tapped_steps
 
     def __init__(self, embed: int, action: int, size: Size, unimix: float):
         super().__init__()
@@ -425,85 +407,25 @@ class RSSM(nn.Module):
 
     def observe(self, deter, stoch, action, embed, is_first):
         """Filter sequences. deter (B, D), stoch (B, S, K): the state before the first step; action (B, T, A): the one
-        *before* each step; embed (B, T, E); is_first (B, T) -> deter (B, T, D), stoch and logits (B, T, S, K).
-
-        The loop of `forward` is the equation. It runs on detached weights, so that its backward pass only carries
-        gradients from step to step; those of the weights come from all steps as one batch (see LateGradients), which
-        takes a third less time at 12m.
-        """
-        batch, device, half = is_first.shape, embed.device.type, embed.dtype == torch.bfloat16
-        u = torch.rand(*batch, self.size.groups, device=device)  # (B, T, S)
-        first, inputs = (deter, stoch), (action, embed, is_first, u)
-
-        def as_one_batch():
-            before = [torch.cat([x.unsqueeze(1), y[:, :-1]], 1) for x, y in zip(first, states, strict=True)]
-            with torch.autocast(device, torch.bfloat16) if half else nullcontext():
-                flat = self.observe_step(*(x.flatten(0, 1) for x in (*before, *inputs)))
-            return [x.unflatten(0, batch) for x in flat]
-
-        latent = (*batch, self.size.groups, self.size.classes)
-        taps = LateGradients.apply(as_one_batch, [(*batch, self.size.deter), latent, latent], embed, *self.parameters())
+        *before* each step; embed (B, T, E); is_first (B, T) -> deter (B, T, D), stoch and logits (B, T, S, K)."""
+        u = torch.rand(*is_first.shape, self.size.groups, device=embed.device)  # (B, T, S)
         # products of B rows with small weights cost calls, not arithmetic: on a CPU, bfloat16 pays from 12m on
-        small = device == "cpu" and self.size.deter < 1024
-        dtype = torch.float32 if small else embed.dtype
-        fixed = {k: p.detach().to(dtype if p.ndim > 1 else p.dtype) for k, p in self.named_parameters()}
-        with torch.autocast("cpu", enabled=False) if small else nullcontext():
-            start = (x.detach().requires_grad_() for x in first)  # like later states: compiled once, not twice
-            outs = torch.func.functional_call(self, fixed, (*start, action, embed.detach(), is_first, u, *taps))
-        states = [x.detach() for x in outs[:2]]  # as_one_batch holding outs would be a cycle that is never freed
-        return outs
-
-    def forward(self, deter, stoch, *sequences):
-        """`observe` step by step: sequences are action, embed, is_first, noise u (B, T, S) and taps, one (B, T, …) for
-        each of deter (B, T, D), stoch and logits (B, T, S, K), to which they are added."""
+        float32 = embed.device.type == "cpu" and self.size.deter < 1024
         outs = []
-        for chunk in zip(*(x.split(self.steps_per_call, 1) for x in sequences), strict=True):
-            deter, stoch, *out = self.tapped_steps(deter, stoch, *chunk)
-            outs.append(out)
-        return tuple(torch.cat(x, 1) for x in zip(*outs, strict=True))
-
-    def tapped_steps(self, deter, stoch, *sequences):
-        """A few steps of `forward`: -> the last deter and stoch, then what comes out of all steps, (B, steps, …).
-
-        Four steps compiled as one function make fewer calls than four functions: a vector update takes 4 to 8 % less.
-        More take longer to compile.
-        """
-        outs = []
-        for action, embed, is_first, u, *taps in zip(*(x.unbind(1) for x in sequences), strict=True):
-            out = self.observe_step(deter, stoch, action, embed, is_first, u)
-            outs.append([x + tap for x, tap in zip(out, taps, strict=True)])
-            deter, stoch, _ = outs[-1]
-        return deter, stoch, *(torch.stack(x, 1) for x in zip(*outs, strict=True))
-
-
-class LateGradients(torch.autograd.Function):
-    """Gradients of a recurrence's weights from all its steps at once, instead of from one small product per step.
-
-    Returns zeros of these shapes, to be added to what comes out of the steps: what arrives at them in the backward pass
-    are the gradients there. `again` computes all steps as one batch, and these gradients go through it to `inputs`.
-    """
-
-    @staticmethod
-    def forward(ctx, again, shapes, *inputs):
-        ctx.again = again
-        ctx.save_for_backward(*inputs)
-        return tuple(inputs[0].new_zeros(shape, dtype=torch.float32) for shape in shapes)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        with torch.enable_grad():
-            outs = ctx.again()
-        wanted = [x for x in ctx.saved_tensors if x.requires_grad]
-        grads = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True))
-        return None, None, *(next(grads) if x.requires_grad else None for x in ctx.saved_tensors)
+        with torch.autocast("cpu", enabled=False) if float32 else nullcontext():
+            for t in range(is_first.shape[1]):
+                inputs = action[:, t], embed[:, t], is_first[:, t], u[:, t]
+                deter, stoch, logits = self.observe_step(deter, stoch, *inputs)
+                outs.append((deter, stoch, logits))
+        return tuple(torch.stack(x, 1) for x in zip(*outs, strict=True))
 
 
 # --- 6. decoder -------------------------------------------------------------------------------------------------------
 
 
 class Decoder(nn.Module):
-    """(deter, stoch) -> predictions of every observation key but images: vectors in symlog space (…, n), discrete keys
-    as logits (…, *shape, classes); and one stack of maps (N, 4C, h/2, w/2) for all images or None: see `pixels`."""
+    """(deter, stoch) -> the prediction of every observation key: images in [0, 1] (…, h, w, C), vectors in symlog space
+    (…, n), discrete keys as logits (…, *shape, classes)."""
 
     def __init__(self, specs: dict[str, ObsSpec], size: Size):
         super().__init__()
@@ -515,8 +437,7 @@ class Decoder(nn.Module):
             self.outs = nn.ModuleList(linear(size.units, specs[k].size) for k in self.vectors)
         if self.images:
             height, width, _ = specs[self.images[0]].shape
-            self.channels = [specs[k].shape[2] for k in self.images]
-            channels = [*(size.depth * m for m in (4, 4, 3, 2)), sum(self.channels)]
+            channels = [*(size.depth * m for m in (4, 4, 3, 2)), sum(specs[k].shape[2] for k in self.images)]
             self.map_shape = (height // 16, width // 16, channels[0])
             area = math.prod(self.map_shape)
             self.from_deter = BlockLinear(size.deter, area, size.blocks)
@@ -524,10 +445,10 @@ class Decoder(nn.Module):
             self.norms = nn.ModuleList(RMSNorm(c) for c in channels[:-1])
             self.convs = nn.ModuleList(conv5(i, o) for i, o in pairwise(channels))
 
-    def forward(self, deter: Tensor, stoch: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
         lead = deter.shape[:-1]
         deter, stoch = deter.flatten(0, -2), stoch.flatten(-2).flatten(0, -2)  # (N, D), (N, S*K)
-        preds, maps = {}, None
+        preds = {}
         if self.vectors:
             x = self.mlp(torch.cat([stoch, deter], -1))  # (N, U)
             for key, out in zip(self.vectors, self.outs, strict=True):
@@ -537,15 +458,11 @@ class Decoder(nn.Module):
             height, width, depth = self.map_shape
             blocks = self.from_deter.blocks
             x = self.from_deter(deter).unflatten(-1, (blocks, height, width, depth // blocks))
-            x = x.permute(0, 2, 3, 1, 4).flatten(3)  # (N, h, w, C), C = G*c
+            x = x.permute(0, 2, 3, 1, 4).flatten(3)  # (N, h, w, C), channels of all blocks side by side
             x = x + self.from_stoch(stoch).unflatten(-1, self.map_shape)
-            maps = x.permute(0, 3, 1, 2)  # (N, C, h, w), channels last in memory
-            for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
-                maps = norm.maps(maps)
-                maps = upsample_conv(merge_phases(maps) if i else maps, conv)  # (N, 4C', h, w), each time twice as wide
-        return preds, maps
-
-    def pixels(self, maps: Tensor, *lead: int) -> dict[str, Tensor]:
-        """Maps -> image key -> (*lead, h, w, c) in [0, 1]."""
-        images = torch.sigmoid(merge_phases(maps).permute(0, 2, 3, 1).float()).unflatten(0, lead)
-        return dict(zip(self.images, images.split(self.channels, -1), strict=True))
+            x = x.permute(0, 3, 1, 2)  # (N, C, h, w), channels last in memory
+            for norm, conv in zip(self.norms, self.convs, strict=True):
+                x = upsample_conv(norm.channels(x), conv)  # (N, C', 2h, 2w)
+            x = x.permute(0, 2, 3, 1).float().sigmoid().unflatten(0, lead)  # (…, h, w, C)
+            preds |= zip(self.images, x.split([self.specs[k].shape[2] for k in self.images], -1), strict=True)
+        return preds

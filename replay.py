@@ -20,10 +20,11 @@ class Replay:
 
     capacity: steps over all environments. fields: name -> (shape, dtype) of one step, "reward", "action", "deter" and
     "stoch" among them; observation keys start with "obs/", the flags come by themselves. length: T, steps per sampled
-    sequence. windows: "episode" keeps a sequence inside one episode, starting short ones over; "stream" takes T
-    consecutive steps of one environment. folder: where memory-mapped files keep the steps between runs; None: in RAM.
-    Raises ValueError when the capacity cannot hold one window per environment or the files are of another buffer, and
-    OSError, leaving no files behind, when there is no room for them: their space is reserved here.
+    sequence. windows: "episode" begins at a uniformly drawn step, follows its episode and starts it over where it ends;
+    "stream" takes T consecutive steps of one environment. folder: where memory-mapped files keep the steps between
+    runs; None: in RAM. Raises ValueError when the capacity cannot hold one window per environment or the files are
+    damaged or of another buffer, and OSError, leaving no files behind, when there is no room for them: their space is
+    reserved here.
     """
 
     def __init__(self, capacity, num_envs, fields, length, windows="episode", seed=0, folder: Path | None = None):
@@ -31,7 +32,7 @@ class Replay:
             raise ValueError(
                 f"a capacity of {capacity} steps is less than {length + 1} for each of {num_envs} environments"
             )
-        self.kept = capacity // num_envs  # steps per environment
+        self.capacity, self.kept = capacity, capacity // num_envs  # steps in all, and per environment
         self.slots = self.kept + 1  # the slot being written is never read: a killed writer leaves no torn step behind
         self.length, self.windows, self.num_envs = length, windows, num_envs
         self.rng = np.random.default_rng(seed)
@@ -114,12 +115,8 @@ class Replay:
 
     def state_dict(self) -> dict:
         """Everything besides the stored steps that the next sample depends on."""
-        return {
-            "now": self.now,
-            "unused": self.unused.tolist(),
-            "online": self.online,
-            "rng": self.rng.bit_generator.state,
-        }
+        rng = self.rng.bit_generator.state
+        return {"now": self.now, "unused": self.unused.tolist(), "online": self.online, "rng": rng}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue the random stream, and the online queue unless steps were added since the state was taken."""
@@ -142,10 +139,8 @@ class Replay:
             return env, start[:, None] + steps, np.zeros((n, self.length), bool)
         episode = self.episode[env, start % self.slots] % self.slots
         first = np.maximum(self.first[env, episode], oldest[env])
-        size = self.end[env, episode] - first  # L, stored steps of the episode
-        slide = np.clip(self.rng.integers(-self.length, size), 0, np.maximum(size - self.length, 0))
-        offset = np.where(size >= self.length, slide, start - first)[:, None] + steps
-        offset = offset % size[:, None]
+        offset = (start - first)[:, None] + steps
+        offset = offset % (self.end[env, episode] - first)[:, None]  # the episode starts over where it ends
         return env, first[:, None] + offset, (offset == 0) & (steps > 0)
 
     def _oldest(self) -> np.ndarray:
@@ -187,6 +182,7 @@ class Replay:
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             return array
+        np.load(path, mmap_mode="r")  # ValueError when the file is shorter than its header says; "r+" would extend it
         array = np.lib.format.open_memmap(path, "r+")
         if array.shape != shape or array.dtype != np.dtype(dtype):
             raise ValueError(f"{path} holds {array.dtype} {array.shape}, this run needs {np.dtype(dtype)} {shape}")

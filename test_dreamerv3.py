@@ -87,8 +87,6 @@ def make_batch(agent: Agent, batch: int = 2, length: int = 6) -> dict:
 
 
 # === symlog and twohot ================================================================================================
-
-
 def test_symlog_and_symexp_values():
     x = torch.tensor([0.0, 1.0, -1.0, math.e - 1, 1e4, -1e-6])
     expected = torch.tensor([0.0, math.log(2), -math.log(2), 1.0, math.log(10001), -1e-6])
@@ -127,8 +125,6 @@ def test_twohot_weighs_the_two_bins_around_a_target(space):
 
 
 # === distributions and layers: what the golden numbers below do not reach =============================================
-
-
 def test_sampling_follows_the_probabilities():
     u = (torch.arange(10_000) + 0.5) / 10_000
     counts = networks.sample_index(torch.tensor([0.1, 0.6, 0.3]).expand(10_000, 3), u).bincount()
@@ -148,7 +144,7 @@ def test_independent_categoricals_agree_with_torch():
     assert dist.sample(u).nonzero()[:, 1].tolist() == [0, 6] * 6
     recon, target = torch.randn(2, 6, 2, 3), torch.randint(3, (2, 6, 2))  # of a discrete observation
     expected = -torch.distributions.Categorical(logits=recon).log_prob(target).sum(-1)
-    torch.testing.assert_close(dreamerv3.vector_loss(recon, target), expected)
+    torch.testing.assert_close(dreamerv3.recon_loss(recon, target), expected)
 
 
 def test_initialization():
@@ -165,33 +161,22 @@ def test_upsample_conv_equals_its_definition():
     conv, x = networks.conv5(3, 4).double(), torch.randn(2, 3, 6, 5, dtype=torch.float64)  # not square
     conv.bias.data.normal_()
     expected = conv(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
-    phases = networks.upsample_conv(x, conv)
-    torch.testing.assert_close(networks.merge_phases(phases), expected)
-    torch.testing.assert_close(networks.split_phases(expected.permute(0, 2, 3, 1)), phases.permute(0, 2, 3, 1))
+    torch.testing.assert_close(networks.upsample_conv(x, conv), expected)
 
 
-COUNTS = {
-    "1m": (686_456, 640_477),
-    "12m": (10_492_616, 9_736_477),
-    "25m": (23_487_016, 21_780_637),
-    "50m": (41_646_984, 38_608_925),
-    "100m": (93_463_624, 86_617_885),
-    "200m": (165_942_536, 153_763_357),
-    "400m": (372_887_176, 345_463_837),
-}
+COUNTS = """686456 640477 10492616 9736477 23487016 21780637 41646984 38608925 93463624 86617885 165942536 153763357
+372887176 345463837"""  # with 6 discrete actions and a 64x64x3 image | a vector of 24 numbers, 1m to 400m
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_parameter_counts_of_the_official_code(size):
-    for spec, count in zip((ObsSpec((64, 64, 3)), ObsSpec((24,))), COUNTS[size], strict=True):
+@pytest.mark.parametrize("size, i", zip(SIZES, range(7), strict=True))
+def test_parameter_counts_of_the_official_code(size, i):
+    for spec, count in zip((ObsSpec((64, 64, 3)), ObsSpec((24,))), COUNTS.split()[2 * i :], strict=False):
         with torch.device("meta"):
             agent = Agent({"obs": spec}, ActionSpec((6,), 6), SIZES[size], Args())
-        assert sum(p.numel() for p in agent.trained()) == count
+        assert sum(p.numel() for p in agent.trained()) == int(count)
 
 
 # === returns, optimizer, flags ========================================================================================
-
-
 def n_step_return(t, n, last, term, reward, boot, disc):
     """Discounted rewards of t+1 .. t+n, then the value there; stops at episode ends."""
     total, scale = 0.0, 1.0
@@ -284,8 +269,6 @@ def test_every_flag_of_the_update_changes_it(flag):
 
 
 # === gradients, devices, latents ======================================================================================
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("action", [THREE, ActionSpec((3, 2), 5), ActionSpec((), 2)])
 def test_every_parameter_receives_gradient(action, precision):
@@ -334,13 +317,11 @@ def test_captured_updates_are_the_updates(precision):
         batches[2]["reward"] += 1  # what a graph has to be told
         agent = agent.cuda()
         update = partial(dreamerv3.train_step, agent, dreamerv3.LaProp(agent.trained(), 1e-3, warmup=1), args=args)
+        update = dreamerv3.Graph(update) if captured else update
         metrics = []
         for batch in batches:
             latents, out = update(batch)
             metrics.append(torch.stack([*out.values()]))
-            if captured and len(metrics) == 1:
-                plain, update = update, dreamerv3.capture(update, batch)
-                assert update is not plain
         results.append([*metrics, *latents, *agent.parameters()])
     for eager, graph in zip(*results, strict=True):
         torch.testing.assert_close(eager, graph, rtol=1e-3, atol=1e-4)
@@ -351,7 +332,8 @@ def test_what_cannot_be_captured_runs_as_it_is(capsys, monkeypatch):
         raise RuntimeError("no graphs here")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", broken)
-    assert dreamerv3.capture(torch.neg, torch.ones(2)) is torch.neg
+    negative = dreamerv3.Graph(torch.neg)
+    assert [negative(torch.ones(()) * i) for i in range(4)] == [0, -1, -2, -3]
     assert capsys.readouterr().out == "cannot capture a CUDA graph, going on without: 'no graphs here'\n"
 
 
@@ -370,20 +352,6 @@ def test_compiled_functions_are_one_graph_each(monkeypatch):
     torch.testing.assert_close(dreamerv3.loss(agent, batch, args)[0], expected)
 
 
-def test_gradients_of_a_sequence_equal_those_of_its_steps(argmax_sampling):
-    """Under embeddings without gradient; with it, the golden gradients tell."""
-    agent, _ = make_agent()
-    batch = make_batch(agent)
-    inputs = [batch[k] for k in ("deter", "stoch", "prev_action")] + [agent.encoder(batch["obs"]).detach()]
-    inputs.append(batch["is_first"])
-    late = agent.rssm.observe(*inputs)
-    plain = agent.rssm.forward(*inputs, torch.zeros(2, 6, 32), *(torch.zeros_like(x) for x in late))
-    wanted = [p for name, p in agent.rssm.named_parameters() if "prior" not in name]
-    upstream = [torch.randn_like(x) for x in late]
-    for a, b in zip(*(torch.autograd.grad(x, wanted, upstream) for x in (late, plain)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
 def test_policy_and_training_agree_on_latents(argmax_sampling):
     agent, _ = make_agent(SPECS)
     batch = make_batch(agent, batch=3, length=7)
@@ -398,8 +366,6 @@ def test_policy_and_training_agree_on_latents(argmax_sampling):
 
 
 # === the time line ====================================================================================================
-
-
 class Chain(gym.Env):
     """Walks 0, 1, 2, … to `length`, then ends, by termination or truncation; the reward is the new position."""
 
@@ -448,7 +414,7 @@ def test_alignment_on_a_chain(env_id, windows, program, monkeypatch):
     """The loop stores, and replay returns, exactly the time line drawn at the top of dreamerv3.py."""
     seen, written, convert, write = [], [], dreamerv3.batch_to_device, Replay.update_latents
     monkeypatch.setattr(dreamerv3, "batch_to_device", lambda batch, *rest: seen.append(batch) or convert(batch, *rest))
-    monkeypatch.setattr(Replay, "update_latents", lambda *inputs: written.append(inputs) or write(*inputs))
+    monkeypatch.setattr(Replay, "update_latents", lambda *x, **latents: written.append(latents) or write(*x, **latents))
     assert not program(f"{QUICK} --env-id {env_id} --replay-windows {windows} --total-timesteps 90")
     assert len(seen) == len(written) == 25
     assert seen[0]["deter"].any() and seen[0]["stoch"].any()  # the latents that the agent had when it acted
@@ -464,7 +430,6 @@ def test_alignment_on_a_chain(env_id, windows, program, monkeypatch):
 
 
 # === replay ===========================================================================================================
-
 FIELDS = {"obs/x": ((3,), np.float32), "action": ((1,), np.int32), "reward": ((), np.float32)}
 FIELDS |= {"deter": ((3,), np.float16), "stoch": ((2,), np.uint8)}
 
@@ -513,17 +478,25 @@ def test_sampled_rows_are_contiguous_and_seams_are_marked(windows, lengths):
                 value[:] = 1  # a copy, or the next batches would be wrong
 
 
-@pytest.mark.parametrize("lengths, low, high", [([3, 5], 0.9, 1.1), ([40], 40 / 48 - 0.05, 1.8), ([8], 0.9, 1.1)])
-def test_episode_windows_cover_every_step(lengths, low, high):
-    replay = Replay(240, 1, FIELDS, 8, "episode")
-    fill(replay, 240, lengths)
+def test_episode_windows_draw_every_step_equally_often():
+    """Episodes shorter than, as long as and longer than a window of 64; within six standard deviations per episode."""
+    lengths = [3, 40, 64, 65, 100, 200, 1000]
+    replay, step = Replay(1472, 1, FIELDS, 64), {name: np.zeros((1, *shape)) for name, (shape, _) in FIELDS.items()}
+    for length in lengths:
+        for t in range(length):
+            ends = {"is_first": np.array([t == 0]), "is_last": np.array([t == length - 1])}
+            replay.add(step | ends | {"is_terminal": ends["is_last"]})
     replay.online.clear()
-    counts = np.zeros(240)
-    for _ in range(6000):
+    counts, draws = np.zeros(1472), 4000
+    for _ in range(draws):
         _, (_, time) = replay.sample(16)
         np.add.at(counts, time, 1)
-    share = counts / counts.mean()
-    assert low <= share.min() and share.max() <= high
+    share, ends = counts / counts.mean(), np.cumsum(lengths)
+    # a row shows min(T, length) neighbors of a step in its place: rows are what is independent
+    noise = 6 / np.sqrt(draws * 16 / 1472 * np.array([64 / min(64, x) for x in lengths]) ** -1)
+    for length, end, sd in zip(lengths, ends, noise, strict=True):
+        episode = share[end - length : end]
+        assert abs(episode.mean() - 1) < sd and abs(episode[-1] - 1) < sd and np.abs(episode - 1).max() < sd, length
 
 
 def test_a_stretch_is_used_once_when_it_is_complete():
@@ -589,8 +562,6 @@ def test_replay_refuses_what_cannot_work(tmp_path, monkeypatch):
 
 
 # === environments =====================================================================================================
-
-
 class Everything(gym.Env):
     """Every kind of space, nested."""
 
@@ -656,10 +627,19 @@ def test_adapter_translates_actions(space, spec, given, expected):
     np.testing.assert_array_equal(inner.actions[0], expected)
 
 
-def test_adapter_names_what_it_does_not_support():
+def test_adapter_leaves_out_what_cannot_be_learned_from():
     env = Everything()
-    env.observation_space = spaces.Dict({"a": spaces.Text(5)})
-    with pytest.raises(ValueError, match="Text.*'a'"):
+    texts = {"mission": spaces.Text(5), "graph": spaces.Graph(spaces.Discrete(2), None)}
+    env.observation_space = spaces.Dict({"a": spaces.Discrete(2), **texts, "none": spaces.Box(0, 1, (0,))})
+    adapter = dreamerv3.Adapter(env, 64)
+    assert list(adapter.specs) == ["a"] and sorted(adapter.left_out) == [
+        "graph (Graph)",
+        "mission (Text)",
+        "none (Box)",
+    ]
+    assert adapter.observation({"a": 1, "mission": "go", "graph": None, "none": []}) == {"a": 1}
+    env.observation_space = spaces.Dict(texts)
+    with pytest.raises(ValueError, match="no Box, .* space in Dict.*mission"):
         dreamerv3.Adapter(env, 64)
     with pytest.raises(ValueError, match="action space Dict"):
         dreamerv3.Adapter(Everything(spaces.Dict({"a": spaces.Discrete(2)})), 64)
@@ -729,7 +709,6 @@ def test_action_repeat_adds_up_rewards_and_stops_at_the_end():
 
 
 # === the program ======================================================================================================
-
 FAST = "--no-compile --batch-size 4 --batch-length 16 --train-ratio 16 --learning-starts 64 --imagination-horizon 3"
 PROGRAM = [sys.executable, str(ROOT / "dreamerv3.py")]
 
@@ -765,7 +744,7 @@ KEYS += ["world_model/prior_entropy", "world_model/posterior_entropy"]
 KEYS += [f"behavior/{k}" for k in "return_mean return_scale advantage_mag value_mean reward_mean".split()]
 KEYS += ["behavior/continue_mean", "behavior/actor_entropy"]
 KEYS += ["optim/grad_norm", "optim/update_rms", "optim/param_rms"]
-WORDS = "parameters: encoder|GB free|1 update every|run folder: runs/".split("|")
+WORDS = "trained parameters| GB|1 update every|run folder: runs/".split("|")
 WORDS += ["device: cuda"] if torch.cuda.is_available() else ["device: cpu", "CUDA is not available"]
 
 
@@ -845,19 +824,18 @@ HUGE = "--total-timesteps 10000000000000 --buffer-size 10000000000000"
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--exp-name file", "cannot write the run folder"),
+        ("--exp-name file", "cannot write the run folder .*: .*'runs"),
         (f"--exp-name {'x' * 300}", "File name too long"),
-        ("--exp-name full", "No space left"),
-        (HUGE, "80 %.*--buffer-size"),
-        (f"{HUGE} --no-persist-replay", "80 %.*--buffer-size"),
-        (f"{HUGE} --capture-video", "80 %.*--buffer-size"),
-        ("--capture-video", "--capture-video needs .*moviepy.* pip install moviepy"),
-        ("--capture-video --env-id DreamerChain-v0", "Chain-v0 is not supported with --capture-video: .*render_mode"),
-        ("--capture-video", "cannot write the run folder .*: .*'videos/"),
-        ("--track", "--track needs .*wandb.* pip install wandb"),
-        ("--env-id CartPoel-v1", "--env-id CartPoel-v1 is unknown: .* Closest: CartPole-v1"),
-        ("--env-id MinAtar/Breakout-v1", "--env-id MinAtar/Breakout-v1 needs .*minatar.gym .*pip install minatar"),
-        ("--env-id dm_control/hopper-hop-v0", "--env-id dm_control/hopper-hop-v0 needs .*shimmy .*pip install .shimmy"),
+        ("--exp-name full", r"cannot write the run folder .*\(--buffer-size\): .*No space left"),
+        (f"{HUGE} --no-persist-replay", "hold the replay buffer .--buffer-size.: .*Unable to allocate"),
+        ("--capture-video", "CartPole-v1 cannot be made with --capture-video: .*moviepy.*pip install"),
+        ("--capture-video --env-id DreamerChain-v0", "Chain-v0 cannot be made with --capture-video: .*render_mode"),
+        ("--capture-video", "cannot be made with --capture-video: .*Not a directory.*/videos/"),
+        ("--track", r"--track cannot start \(pip install wandb, .*wandb"),
+        ("--env-id CartPoel-v1", "--env-id CartPoel-v1 cannot be made: .*Did you mean: `CartPole`"),
+        ("--env-id Dreamer-constructor-v0", "cannot be made: AssertionError: broken.*test_dreamerv3.py:"),
+        ("--env-id MinAtar/Breakout-v1", "Breakout-v1 cannot be made: .*minatar.gym .*try: pip install minatar"),
+        ("--env-id dm_control/hopper-hop-v0", "hopper-hop-v0 cannot be made: .*shimmy .*try: pip install .shimmy"),
     ],
 )
 def test_a_start_that_fails_is_one_line_and_leaves_nothing(flags, words, program, capsys, tmp_path, monkeypatch):
@@ -873,7 +851,8 @@ def test_a_start_that_fails_is_one_line_and_leaves_nothing(flags, words, program
         monkeypatch.setattr(os, "posix_fallocate", no_space)
     assert program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 100 {flags}") == 2
     error = capsys.readouterr().err.strip()
-    assert re.search(words, error) and "\n" not in error and not [x for x in tmp_path.iterdir() if x.is_dir()]
+    assert re.search(words, error) and "\n" not in error
+    assert not [x for x in tmp_path.rglob("*") if x.is_file() and x.parent != tmp_path]
 
 
 def test_a_run_stays_out_of_the_folder_of_another(program, capsys, tmp_path, monkeypatch):
@@ -882,15 +861,7 @@ def test_a_run_stays_out_of_the_folder_of_another(program, capsys, tmp_path, mon
     other.parent.mkdir(parents=True)
     other.touch()
     assert program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 100") == 2
-    assert "1__7: another run began in it" in capsys.readouterr().err and [*other.parent.iterdir()] == [other]
-
-
-def test_processes_share_what_is_free(program, capsys, monkeypatch):
-    monkeypatch.setattr(dreamerv3, "free_memory", lambda: 200 * 115)  # bytes per step
-    flags = f"{QUICK} --env-id CartPole-v1 --total-timesteps 100 --no-persist-replay"
-    assert program(flags) == 0
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert program(flags) == 2 and "--buffer-size 80 or less" in capsys.readouterr().err
+    assert "File exists: 'runs/" in capsys.readouterr().err and [*other.parent.iterdir()] == [other]
 
 
 def test_a_run_survives_sigkills_at_random_moments(tmp_path):
@@ -915,7 +886,7 @@ def test_a_run_survives_sigkills_at_random_moments(tmp_path):
         process.send_signal(signal.SIGTERM if kill == kills else signal.SIGKILL)
         assert process.wait(60) == (128 + signal.SIGTERM if kill == kills else -signal.SIGKILL)
         clock = np.load(folder / "replay" / "clock.npy")
-        state = dreamerv3.load_checkpoint(folder)[2]
+        state = dreamerv3.load_checkpoint(folder)[1]
         if state["global_step"] > last_save:
             last_save, allowed = state["global_step"], every
         assert clock[0] - allowed <= state["global_step"] <= clock[0] and state["updates"] >= updates
@@ -939,6 +910,7 @@ class Faulty(Chain):
     def __init__(self, fault: str):
         super().__init__()
         self.fault, self.steps = fault, 0
+        assert fault != "constructor", "broken"
 
     def reset(self, seed=None, options=None):
         assert self.fault != "reset", "two\nlines"
@@ -952,7 +924,7 @@ class Faulty(Chain):
         return obs * (np.nan if self.steps == 50 else 1), *rest
 
 
-for fault in ("reset", "nan", "dies"):
+for fault in ("reset", "nan", "dies", "constructor"):
     gym.register(f"Dreamer-{fault}-v0", Faulty, kwargs={"fault": fault}, order_enforce=False)
 
 
@@ -966,20 +938,22 @@ for fault in ("reset", "nan", "dies"):
         ("reset", 2, "AssertionError: two lines", 0),
     ],
 )
-def test_an_environment_that_fails_ends_the_run_saved_with_one_line(fault, envs, words, steps, program, recwarn):
-    message = program(f"{QUICK} --env-id Dreamer-{fault}-v0 --num-envs {envs} --total-timesteps 200")
-    line = f"dreamerv3.py: Dreamer-{fault}-v0 failed at step {steps * envs}, saved runs/.*: {words}.*"
-    assert re.fullmatch(line, message)
-    assert not any("Traceback" in str(warning.message) for warning in recwarn)  # of a worker, by Gymnasium
+def test_an_environment_that_fails_ends_the_run_saved(fault, envs, words, steps, program, recwarn, capsys):
+    assert program(f"{QUICK} --env-id Dreamer-{fault}-v0 --num-envs {envs} --total-timesteps 200") == 2
+    *trace, line = capsys.readouterr().err.strip().splitlines()
+    text = f"dreamerv3.py: error: Dreamer-{fault}-v0 failed at step {steps * envs}, saved runs/.*: {words}.*"
+    assert re.fullmatch(text, line)
+    trace = "\n".join([*trace, *(str(warning.message) for warning in recwarn)])  # those of workers are warnings
+    assert "Traceback" in trace and (fault == "dies" or "test_dreamerv3.py" in trace or "in observation" in trace)
     folder = run_folder(Path.cwd())
     assert saved(folder)["global_step"] == steps * envs
     assert np.load(folder / "replay" / "clock.npy")[0] == steps
 
 
-def test_an_environment_that_fails_says_when_nothing_could_be_saved(program, monkeypatch):
-    monkeypatch.setattr(dreamerv3, "save_checkpoint", lambda folder, state: no_space(None, 0, 0))
-    message = program(f"{QUICK} --env-id Dreamer-reset-v0 --total-timesteps 200")
-    assert "failed at step 0, could not save runs/" in message
+def test_an_environment_that_fails_says_when_nothing_could_be_saved(program, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "save", lambda *inputs: no_space(None, 0, 0))
+    assert program(f"{QUICK} --env-id Dreamer-reset-v0 --total-timesteps 200") == 2
+    assert "failed at step 0, could not save runs/" in capsys.readouterr().err.splitlines()[-1]
 
 
 CHAIN = f"{QUICK} --env-id DreamerChain-v0 --buffer-size 60"
@@ -1068,39 +1042,41 @@ def test_resume_takes_a_checkpoint_file_and_falls_back_to_a_good_one(program, ca
     )
     state["agent"].pop("reward.0.0.0.weight")
     torch.save(state, foreign)
-    assert "names a run of other spaces or another size: Error(s) in loading" in resume(folder, foreign.read_bytes())
+    assert "names a run of other spaces or another size: RuntimeError: Error(s) in loading" in resume(
+        folder, foreign.read_bytes()
+    )
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(program, capsys, monkeypatch):
     """The second and later checkpoints meet a real limit of the file size, in the middle of their file."""
-    save, limits = dreamerv3.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits = torch.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def limited(folder, state):
+    def limited(state, file):
         if state["global_step"] > 50:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
-            save(folder, state)
+            save(state, file)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(dreamerv3, "save_checkpoint", limited)
+    monkeypatch.setattr(torch, "save", limited)
     assert program(f"{CHAIN} --total-timesteps 110 --checkpoint-frequency 50") == 1  # the last one is missing
     assert capsys.readouterr().out.count("warning: no checkpoint at step 1") == 2
     folder = run_folder(Path.cwd())
     assert (folder / "checkpoint.pt").stat().st_size > 100_000 and not (folder / "checkpoint.tmp").exists()
-    assert dreamerv3.load_checkpoint(folder)[2]["global_step"] == 50
+    assert dreamerv3.load_checkpoint(folder)[1]["global_step"] == 50
     assert np.load(folder / "replay" / "clock.npy")[0] == 110
 
 
 def test_without_persistent_replay_a_resumed_run_refills_first(program, capsys):
     program(f"{CHAIN} --buffer-size 100 --total-timesteps 60 --no-persist-replay --no-cuda")
     out = capsys.readouterr().out
-    assert "free memory" in out and "CUDA" not in out
+    assert "CUDA" not in out
     folder = run_folder(Path.cwd())
     program(f"--resume {folder} --total-timesteps 120")
     out = capsys.readouterr().out
     assert "after 10 updates, 0 owed, 0 steps in the replay buffer: TOO FEW, collecting 40" in out
-    assert "warning: the replay buffer stays at 60 steps; a new run of this length would keep 100" in out
+    assert "replay: 60 steps take 0.00 GB" in out  # as many as before
     assert saved(folder)["updates"] == 10 + 20 // 2
     assert not (folder / "replay").exists()
 
@@ -1117,15 +1093,15 @@ def test_a_refill_that_was_interrupted_goes_on(program, capsys):
 
 def test_memory_is_constant(program, monkeypatch):
     """Resident memory and live tensors at every checkpoint after the buffer is full."""
-    save, seen = dreamerv3.save_checkpoint, []
+    save, seen = dreamerv3.save_run, []
 
     def measure(*inputs):
-        save(*inputs)
+        assert save(*inputs)
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         seen.append((pages * os.sysconf("SC_PAGE_SIZE"), sum(type(x) is torch.Tensor for x in gc.get_objects())))
 
-    monkeypatch.setattr(dreamerv3, "save_checkpoint", measure)
+    monkeypatch.setattr(dreamerv3, "save_run", measure)
     flags = "--env-id CartPole-v1 --buffer-size 500 --total-timesteps 2500 --checkpoint-frequency 250 --train-ratio 3"
     flags += " --log-frequency 250 --video-frequency 40"
     program(f"{QUICK} {flags}")
@@ -1148,17 +1124,16 @@ def test_a_dream_is_the_posterior_then_the_prior_alone(argmax_sampling, tmp_path
             for x in before if t == 6 else ():
                 x[0] = 0
             states.append(agent.rssm.imagine_step(*before, torch.zeros(5, TINY.groups)))
-        recon, maps = agent.decoder(*(torch.stack(x, 1) for x in zip(*states, strict=True)))
-    image, truth = agent.decoder.pixels(maps, 5, 8)["image"], obs["image"] / 255
+        recon = agent.decoder(*(torch.stack(x, 1) for x in zip(*states, strict=True)))
+    image, truth = recon["image"], obs["image"] / 255
     expected = {"image": torch.cat([truth, image, (image - truth + 1) / 2], 2)}
     expected["vector"] = torch.stack([obs["vector"], networks.symexp(recon["vector"])], 2)
     expected["discrete"] = torch.stack([obs["discrete"], recon["discrete"].argmax(-1)], 2).float()
     for key in SPECS:
         torch.testing.assert_close(dream[key], expected[key][:4], rtol=1e-4, atol=1e-5)
     before = torch.get_rng_state()
-    dreamerv3.write_dream(agent, batch, tmp_path / "missing", None, 0, 7)
-    assert "no dream after 7 updates" in capsys.readouterr().out and torch.equal(torch.get_rng_state(), before)
     dreamerv3.write_dream(agent, batch, tmp_path, dreamerv3.SummaryWriter(tmp_path), 0, 7)
+    assert torch.equal(torch.get_rng_state(), before)
     with Image.open(tmp_path / "dreams" / "7.gif") as gif:  # the border tells context, prediction, episode start
         colors = [gif.convert("RGB").getpixel((0, 0)) for _ in ImageSequence.Iterator(gif)]
     names = {(False, True, False): "green", (True, False, False): "red", (True, True, True): "white"}
@@ -1176,15 +1151,15 @@ def test_dreams_are_drawn(program):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    window = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("nan")])]
+    log = dreamerv3.Log(tmp_path, Args(), 0, 1, 1, 0, 0, 0.0)
+    log.update({"losses/rep": torch.tensor(1.0), "losses/recon": torch.tensor(2.0)})
+    assert log.means(7) == {"losses/rep": 1, "losses/recon": 2}
+    log.update({"losses/rep": torch.tensor(1.0), "losses/recon": torch.tensor(math.nan)})
     with pytest.raises(SystemExit, match="losses/recon is not finite at step 7"):
-        dreamerv3.check_finite(["losses/rep", "losses/recon"], window, 7, tmp_path)
-    dreamerv3.check_finite(["losses/rep", "losses/recon"], window[:1], 7, tmp_path)
+        log.means(7)
 
 
 # === evaluation, videos, tracking =====================================================================================
-
-
 def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsys, tmp_path):
     flags = "--total-timesteps 60 --checkpoint-frequency 50 --save-model --learning-rate 0.01 --warmup-updates 1"
     program(f"{QUICK} --env-id CartPole-v1 {flags}")
@@ -1207,13 +1182,9 @@ def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsy
 README = (ROOT / "README.md").read_text()
 
 
-def readme_snippet(word: str) -> str:
-    return next(code for code in re.findall("```python\n(.*?)```", README, re.S) if word in code)
-
-
 def test_the_snippets_of_the_readme_run(program, capsys, tmp_path):
-    play, speed = readme_snippet("load_agent"), readme_snippet("train_step")
-    assert len(play.splitlines()) <= 15 and len(speed.splitlines()) <= 20
+    texts = README, (ROOT / "results" / "speed.md").read_text()
+    play, speed = (re.search("```python\n(.*?)```", text, re.S)[1] for text in texts)
     program(f"{CHAIN} --total-timesteps 50 --save-model")
     (run_folder(tmp_path) / "model.pt").rename("model.pt")
     exec(play, {})
@@ -1227,8 +1198,8 @@ def test_results_are_logs_of_the_program_and_draw_the_figures_of_the_readme(tmp_
         assert path.read_text().startswith("global_step,frames,return,length,seconds\n"), path
         shutil.copy(path, tmp_path)
     runpy.run_path(str(ROOT / "results" / "plot.py"))["draw"](tmp_path)
-    shown = set(re.findall(r"results/(\w+\.png)", (ROOT / "README.md").read_text())) - {"Boxing_dream.png"}
-    assert shown == {path.name for path in tmp_path.glob("*.png")}
+    shown = set(re.findall(r"results/(\w+\.png)", README))
+    assert shown and shown <= {path.name for path in tmp_path.glob("*.png")}
 
 
 def test_videos_show_every_step_of_an_episode(program, tmp_path):
@@ -1274,8 +1245,6 @@ def test_tracking_offline(tmp_path, monkeypatch):
 
 
 # === golden: numbers computed by the official JAX code (golden/README.md) =============================================
-
-
 def golden_files() -> list[Path]:
     return sorted(Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden")).glob("*.npz"))
 
@@ -1348,7 +1317,7 @@ class Golden:
         batch = {k: data[k][:, 1:] for k in ("reward", "is_first", "is_last", "is_terminal")}
         batch["obs"] = {key: data[key][:, 1:] for key in agent.specs}
         action = data["action"][:, :-1]
-        batch["prev_action"] = dreamerv3.flat_action(action[..., None] if agent.action.nvec else action, agent.action)
+        batch["prev_action"] = dreamerv3.encode_action(action[..., None] if agent.action.nvec else action, agent.action)
         batch["deter"], batch["stoch"] = data["dyn/deter"][:, 0], data["dyn/stoch"][:, 0]
         return batch
 
@@ -1385,13 +1354,8 @@ def test_golden_forward(path, argmax_sampling):
         golden.close("out/", policy_logits=agent.actor.outs[0](agent.actor.mlp(feat)))
     else:
         golden.close("out/", policy_mean=agent.actor(feat).mean, policy_std=agent.actor(feat).std)
-    recon = outputs["recon"]
-    recon_losses = {key: dreamerv3.vector_loss(x, obs[key]) for key, x in recon.items()}
-    if agent.decoder.images:
-        images = agent.decoder.pixels(outputs["maps"], *deter.shape[:2])
-        recon_losses |= {key: (x - obs[key] / 255).square().sum((2, 3, 4)) for key, x in images.items()}
-        recon = recon | images
-    golden.close("out/recon_", **recon)
+    recon_losses = {key: dreamerv3.recon_loss(x, obs[key]) for key, x in outputs["recon"].items()}
+    golden.close("out/recon_", **outputs["recon"])
     golden.close("out/loss/", **recon_losses)
     torch.testing.assert_close(losses["recon"], sum(recon_losses.values()), rtol=1e-4, atol=1e-5)
     golden.close("out/loss/", rew=losses["reward"], con=losses["continue"], dyn=losses["dyn"], rep=losses["rep"])
@@ -1401,7 +1365,7 @@ def test_golden_forward(path, argmax_sampling):
     imagined, actions = dreamerv3.imagine(agent, *starts, args.imagination_horizon)
     golden.close("out/imag_", deter=imagined[:, 1:, :deters])
     golden.close("out/imag_", stoch=imagined[:, 1:, deters:].unflatten(-1, stoch.shape[-2:]))
-    stored = dreamerv3.stored_action(actions, agent.action)[:, :-1].float()
+    stored = dreamerv3.decode_action(actions, agent.action)[:, :-1].float()
     golden.close("out/imag_", action=stored.squeeze(-1) if agent.action.nvec else stored)
 
     behavior, returns, metrics = dreamerv3.actor_critic_loss(agent, imagined, actions, args)
@@ -1421,13 +1385,14 @@ def test_golden_updates(path, argmax_sampling):
     check_updates(Golden(path))
 
 
-def check_updates(golden):
-    """Losses, gradients and all weights over the file's updates."""
+def check_updates(golden, first=lambda update, batch: update(batch)):
+    """Losses, gradients and all weights over the file's updates; first: how to make the first one."""
     agent, args, batch = golden.agent, golden.args, golden.batch()
     start = {name: p.detach().clone() for name, p in golden.names.items()}
     optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
+    update = partial(dreamerv3.train_step, agent, optimizer, args=args)
     for step in range(1, golden.hyper["steps"] + 1):
-        _, metrics = dreamerv3.train_step(agent, optimizer, batch, args)
+        _, metrics = first(update, batch) if step == 1 else update(batch)
         for key, value in {"loss": metrics["losses/total"], "grad_norm": metrics["optim/grad_norm"]}.items():
             np.testing.assert_allclose(value, golden.data[f"step{step}/{key}"], rtol=1e-4, err_msg=f"step {step} {key}")
         norm = [agent.return_norm.lo, agent.return_norm.hi]
@@ -1448,17 +1413,13 @@ def check_updates(golden):
 def test_compiled_updates_equal_the_official_ones(path, argmax_sampling, monkeypatch):
     """About a minute each with a cold compiler cache, so not part of `-k golden`."""
     golden = Golden(path)
-    monkeypatch.setattr(networks.RSSM, "steps_per_call", 1)  # compiles faster; tests without a compiler take four
     for owner, name in dreamerv3.COMPILED:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # restores the plain functions afterwards
-    dreamerv3.compile_functions(golden.agent, golden.batch(), golden.args)
+    check_updates(golden, dreamerv3.compiled)
     assert networks.RSSM.observe_step is not PLAIN_STEP, "fell back to eager mode"
-    check_updates(golden)
 
 
 # === data-parallel training ===========================================================================================
-
-
 def three_updates(rank: int, world: int, folder: Path) -> None:
     """Process `rank` of `world`: updates on its share of four sequences; saves the last gradients and all weights."""
     torch.rand = lambda *shape, device=None: torch.full(shape, 0.4, device=device)  # the same noise for every sequence
@@ -1469,7 +1430,7 @@ def three_updates(rank: int, world: int, folder: Path) -> None:
     optimizer = dreamerv3.LaProp(agent.trained(), 1e-3, warmup=1)
     if world > 1:
         torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
-        dreamerv3.update_together(agent, optimizer)
+        dreamerv3.train_together(agent, optimizer)
     rows = slice(4 * rank // world, 4 * (rank + 1) // world)
     batch = make_batch(agent, 4)
     for _ in range(3):
@@ -1511,49 +1472,31 @@ def test_torchrun_trains_logs_once_and_resumes(tmp_path):
 
 
 # === the README's environments ========================================================================================
-
-README_IDS = set(re.findall(r"python dreamerv3.py --env-id (\S+)", README))
-
-
-@pytest.fixture
-def readme_module(tmp_path, monkeypatch):
-    """Name -> the README's snippet of that name as a module, its file in a folder that modules are imported from."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def load(name: str) -> types.ModuleType:
-        Path(f"{name}.py").write_text(readme_snippet(f"# {name}.py\n"))
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        return dreamerv3.import_module(name)
-
-    return load
+README_IDS = set(re.findall(r"python dreamerv3.py --env-id (\S+?)`", README)) | {"examples.protocols:PongFull-v5"}
 
 
-@pytest.mark.parametrize("env_id", sorted(README_IDS - {"crafter_env:Crafter-v0", "protocols:WalkerPixels-v0"}))
-def test_ids_of_the_readme_can_be_stepped_or_say_how_to_install_them(env_id, readme_module, capsys):
-    if ":" in env_id:
-        readme_module(env_id.split(":")[0])
+@pytest.mark.parametrize("env_id", sorted(README_IDS - {"examples.crafter_env:Crafter-v0"}))
+def test_ids_of_the_readme_can_be_stepped_or_say_how_to_install_them(env_id, capsys):
     try:
         env = dreamerv3.make_env(env_id)
     except SystemExit:  # CI installs requirements.txt alone
-        install = capsys.readouterr().err.strip("`\n").rpartition("pip install ")[2]
-        assert install and f"`pip install {install}`" in README
+        error = capsys.readouterr().err
+        assert any(f"pip install {x}" in error for x in ("minatar", '"shimmy[dm', '"gymnasium[')) or "minigrid" in error
         return
     env.reset(seed=0)
     assert all(env.observation_space.contains(env.step(env.action_space.sample())[0]) for _ in range(5))
-    assert env.action_spec.size == 18 or env_id != "protocols:PongFull-v5"  # the full action set
+    assert env.action_spec.size == 18 or env_id != "examples.protocols:PongFull-v5"  # the full action set
 
 
-def test_pixels_of_the_readme_are_what_is_rendered(readme_module, monkeypatch):
-    fake = types.SimpleNamespace(
-        wrappers=gym.wrappers, make=lambda *_, render_kwargs, **flags: gym.make("CartPole-v1", **flags)
-    )
-    monkeypatch.setitem(sys.modules, "shimmy", fake)
-    monkeypatch.setattr(readme_module("protocols"), "gym", fake)
-    assert dreamerv3.make_env("protocols:WalkerPixels-v0").specs == {"obs": ObsSpec((64, 64, 3))}
+def test_pixels_of_the_examples_are_what_is_rendered(monkeypatch):
+    make = lambda *_, render_kwargs, **flags: gym.make("CartPole-v1", **flags)  # noqa: E731
+    monkeypatch.setitem(sys.modules, "shimmy", types.ModuleType("shimmy"))
+    module = dreamerv3.import_module("examples.protocols")
+    monkeypatch.setattr(module, "gym", types.SimpleNamespace(wrappers=gym.wrappers, make=make))
+    assert dreamerv3.make_env("examples.protocols:WalkerPixels-v0").specs == {"obs": ObsSpec((64, 64, 3))}
 
 
-def test_crafter_ends_by_death_or_is_cut(readme_module, monkeypatch):
+def test_crafter_ends_by_death_or_is_cut(monkeypatch):
     class Game:  # episodes of two steps, every second one ended by death
         def __init__(self, seed=None):
             self.time, self.reset = 0, lambda: np.full((64, 64, 3), seed, np.uint8)
@@ -1563,18 +1506,16 @@ def test_crafter_ends_by_death_or_is_cut(readme_module, monkeypatch):
             return self.reset(), 0.1, self.time % 2 == 0, {"discount": float(self.time % 4 > 0)}
 
     monkeypatch.setitem(sys.modules, "crafter", types.SimpleNamespace(Env=Game))
-    readme_module("crafter_env")
-    env = dreamerv3.make_env("crafter_env:Crafter-v0")
+    env = dreamerv3.make_env("examples.crafter_env:Crafter-v0")
     for seed, last in {7: (False, True), None: (True, False)}.items():
         assert env.reset(seed=seed)[0]["obs"][0, 0, 0] == 7  # a seed is for the first reset
         assert [env.step(np.array([16]))[2:4] for _ in range(2)] == [(False, False), last]
 
 
-def test_your_own_environment_trains(readme_module, program):
-    readme_module("my_env")
-    env = dreamerv3.make_env("my_env:MyEnv-v0")
+def test_your_own_environment_trains(program):
+    env = dreamerv3.make_env("examples.my_env:MyEnv-v0")
     assert (env.specs, env.action_spec.nvec) == ({"camera": ObsSpec((64, 64, 3)), "state": ObsSpec((4,))}, (3, 3))
     for action, steps, last in [(1, 200, (False, True)), (2, 14, (True, False))]:  # rest, and leave the field
         env.reset(seed=0)
         assert [env.step(np.array([action, action]))[2:4] for _ in range(steps)][-1] == last
-    assert not program(f"{QUICK} --env-id my_env:MyEnv-v0 --total-timesteps 60")
+    assert not program(f"{QUICK} --env-id examples.my_env:MyEnv-v0 --total-timesteps 60")

@@ -1,0 +1,30 @@
+"""Environments of published protocols that have no Gymnasium id of their own.
+
+Pong with all 18 actions:           python dreamerv3.py --env-id examples.protocols:PongFull-v5
+DeepMind Control from pixels:       MUJOCO_GL=egl python dreamerv3.py --env-id examples.protocols:WalkerPixels-v0
+(pip install "shimmy[dm-control]" imageio "mujoco<4"; MUJOCO_GL names the renderer of your machine)
+MiniGrid from pixels:               python dreamerv3.py --env-id examples.protocols:MiniGridPixels-v0
+(pip install minigrid)
+"""
+
+import gymnasium as gym
+
+
+def pixels(task, **kwargs):
+    import shimmy  # noqa: F401, registers dm_control/*
+
+    view = {"width": 64, "height": 64, "camera_id": 0}
+    env = gym.make(f"dm_control/{task}", render_mode="rgb_array", render_kwargs=view)
+    return gym.wrappers.AddRenderObservation(env)
+
+
+def grid(task, **kwargs):
+    import minigrid.wrappers  # registers MiniGrid-*
+
+    return minigrid.wrappers.ImgObsWrapper(minigrid.wrappers.RGBImgPartialObsWrapper(gym.make(task, **kwargs)))
+
+
+full = {"repeat_action_probability": 0.25, "full_action_space": True, "max_num_frames_per_episode": 108_000}
+gym.register("PongFull-v5", "ale_py.env:AtariEnv", kwargs={"game": "pong", **full})
+gym.register("WalkerPixels-v0", pixels, kwargs={"task": "walker-walk-v0"})
+gym.register("MiniGridPixels-v0", grid, kwargs={"task": "MiniGrid-Empty-8x8-v0"})
