@@ -230,9 +230,9 @@ class BlockLinear(nn.Module):
     def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
         x = x.unflatten(-1, (self.blocks, self.inputs)).transpose(0, 1)  # (G, N, I)
         out = torch.bmm(x, self.weight[:, : self.inputs]).transpose(0, 1).flatten(1) + self.bias
-        if shared is not None:  # one dense product instead of G copies of `shared` inside x
-            product = shared @ self.weight[:, self.inputs :].transpose(0, 1).flatten(1)
-            out = out + product.to(out.dtype)  # cast: torch 2.6 would compile an addmm of two dtypes, which fails
+        if shared is not None:  # expanded, so that neither `shared` nor the weights are copied
+            product = torch.bmm(shared.expand(self.blocks, -1, -1), self.weight[:, self.inputs :])  # (G, N, outputs/G)
+            out = out + product.transpose(0, 1).flatten(1)
         return out
 
 

@@ -1,10 +1,7 @@
-"""Environments of published protocols that have no Gymnasium id of their own.
+"""Published settings without a Gymnasium id: python dreamerv3.py --env-id examples.protocols:PongFull-v5 (18 actions).
 
-Pong with all 18 actions:           python dreamerv3.py --env-id examples.protocols:PongFull-v5
-DeepMind Control from pixels:       MUJOCO_GL=egl python dreamerv3.py --env-id examples.protocols:WalkerPixels-v0
-(pip install "shimmy[dm-control]" imageio "mujoco<4"; MUJOCO_GL names the renderer of your machine)
-MiniGrid from pixels:               python dreamerv3.py --env-id examples.protocols:MiniGridPixels-v0
-(pip install minigrid)
+DeepMind Control from pixels is WalkerPixels-v0 (pip install "shimmy[dm-control]" imageio "mujoco<4"; MUJOCO_GL=egl or
+another name chooses the renderer). MiniGrid from pixels is MiniGridPixels-v0 (pip install minigrid).
 """
 
 import gymnasium as gym
