@@ -824,7 +824,7 @@ def make_replay(args: Args, specs: dict, action: ActionSpec, folder: Path, resum
     capacity = resumed.get("capacity", min(args.buffer_size, args.total_timesteps // world))  # it stays what it was
     print(f"replay: {capacity:,} steps take {capacity * Replay.bytes_per_step(layout) / 1e9:.2f} GB")
     where, seed = folder / f"replay{rank or ''}" if args.persist_replay else None, args.seed + 1000 * rank
-    wrong = f"cannot {'read' if resumed else 'write'} the run folder or hold the replay buffer (--buffer-size)"
+    wrong = f"cannot read the replay buffer {where}" if resumed else "cannot write the run folder (--buffer-size)"
     with one_line(wrong, OSError, ValueError, EOFError, MemoryError):
         folder.mkdir(parents=True, exist_ok=bool(resumed) or dist.is_initialized())
         return Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, seed, where)

@@ -5,7 +5,6 @@
 
 import ast
 import csv
-import dataclasses
 import errno
 import gc
 import io
@@ -125,16 +124,14 @@ def test_twohot_weighs_the_two_bins_around_a_target(space):
 
 
 # === distributions and layers: what the golden numbers below do not reach =============================================
-def test_sampling_follows_the_probabilities():
+def test_categoricals():
     u = (torch.arange(10_000) + 0.5) / 10_000
     counts = networks.sample_index(torch.tensor([0.1, 0.6, 0.3]).expand(10_000, 3), u).bincount()
     assert counts.tolist() == [1000, 6000, 3000]
     assert networks.sample_index(torch.tensor([1.0, 0.0, 0.0]), torch.tensor(0.9999999)).item() == 0
     too_small = torch.tensor([0.2, 0.2, 0.2])  # as the sum after rounding may be: the index stays valid
     assert networks.sample_index(too_small, torch.tensor(0.99)).item() == 2
-
-
-def test_independent_categoricals_agree_with_torch():
+    # independent categoricals agree with torch
     logits, index = [torch.randn(6, 3), torch.randn(6, 4)], torch.arange(6)
     dist, reference = networks.MultiOneHot(logits, 0.0), [torch.distributions.Categorical(logits=x) for x in logits]
     action = torch.cat([torch.eye(n)[index % n] for n in (3, 4)], -1)
@@ -147,7 +144,7 @@ def test_independent_categoricals_agree_with_torch():
     torch.testing.assert_close(dreamerv3.recon_loss(recon, target), expected)
 
 
-def test_initialization():
+def test_layers():
     layer = networks.linear(400, 300, 0.5)
     assert layer.weight.std().item() == pytest.approx(0.5 / math.sqrt(400), rel=0.02)
     assert layer.weight.abs().max().item() <= 0.5 * 2 * 1.1368 / math.sqrt(400) and not layer.bias.any()
@@ -155,9 +152,7 @@ def test_initialization():
     assert block.weight.shape == (8, 128, 64)
     assert block.weight.std().item() == pytest.approx(1 / math.sqrt(256 + 8 * 96), rel=0.02)  # full input width
     assert networks.conv5(16, 64).weight.std().item() == pytest.approx(1 / math.sqrt(25 * 16), rel=0.02)
-
-
-def test_upsample_conv_equals_its_definition():
+    # upsampling and convolving equals its definition
     conv, x = networks.conv5(3, 4).double(), torch.randn(2, 3, 6, 5, dtype=torch.float64)  # not square
     conv.bias.data.normal_()
     expected = conv(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
@@ -215,19 +210,6 @@ def test_lambda_return_equals_the_weighted_sum_of_n_step_returns(lam):
         np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_lambda_return_by_hand():
-    zeros, middle = torch.zeros(1, 3), torch.tensor([[0.0, 1.0, 0.0]])
-    reward, boot = torch.tensor([[9.0, 1.0, 2.0]]), torch.tensor([[7.0, 10.0, 20.0]])
-    last = 2 + 0.9 * 20
-    for ends, terms, first in (
-        (zeros, zeros, 1 + 0.9 * (0.5 * 10 + 0.5 * last)),
-        (middle, zeros, 1 + 0.9 * 10),  # truncated: goes on from the value there
-        (middle, middle, 1.0),  # terminated: its reward alone
-    ):
-        out = dreamerv3.lambda_return(ends, terms, reward, boot, 0.9, 0.5)
-        torch.testing.assert_close(out, torch.tensor([[first, last]]))
-
-
 def test_optimizer_equals_a_plain_loop():
     params = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.zeros(5))]
     optimizer = dreamerv3.LaProp(params, lr=0.1, warmup=4, clip=0.3)
@@ -246,12 +228,9 @@ def test_optimizer_equals_a_plain_loop():
             torch.testing.assert_close(p.detach().double(), expected, rtol=1e-3, atol=1e-5)
 
 
-FLAGS = {
-    **dict.fromkeys(["pred_scale", "dyn_scale", "rep_scale", "free_nats", "ent_coef", "slow_critic_scale"], 3.0),
-    **dict.fromkeys(["gamma", "return_lambda", "unimix", "actor_unimix", "replay_critic_scale", "tau"], 0.5),
-    "twohot": "symlog",
-    "imagination_horizon": 2,
-}
+FLAGS = dict.fromkeys("pred_scale dyn_scale rep_scale free_nats ent_coef slow_critic_scale".split(), 3.0)
+FLAGS |= dict.fromkeys("gamma return_lambda unimix actor_unimix replay_critic_scale tau".split(), 0.5)
+FLAGS |= {"twohot": "symlog", "imagination_horizon": 2}
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -269,17 +248,6 @@ def test_every_flag_of_the_update_changes_it(flag):
 
 
 # === gradients, devices, latents ======================================================================================
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("action", [THREE, ActionSpec((3, 2), 5), ActionSpec((), 2)])
-def test_every_parameter_receives_gradient(action, precision):
-    agent, args = make_agent(SPECS, action, free_nats=0.0, precision=precision)
-    for head in (agent.reward, agent.critic, agent.slow_critic):
-        torch.nn.init.normal_(head[1].weight)
-    dreamerv3.loss(agent, make_batch(agent), args)[0].backward()
-    grads = {name: p.grad for name, p in agent.named_parameters() if p.requires_grad}
-    assert not [name for name, grad in grads.items() if grad is None or not grad.any()]
-
-
 class NoHostSync(TorchDispatchMode):
     """Fails on every operation that would make the host wait for the device or has a data-dependent shape."""
 
@@ -289,21 +257,22 @@ class NoHostSync(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("action", [ActionSpec((3, 2), 5), ActionSpec((), 2)])
-def test_update_never_waits_for_the_device_and_stays_on_it(action, device):
+@pytest.mark.parametrize("device, precision", [("cpu", "float32"), ("cpu", "bfloat16"), ("meta", "float32")])
+@pytest.mark.parametrize("action", [THREE, ActionSpec((3, 2), 5), ActionSpec((), 2)])
+def test_update_stays_on_the_device_and_reaches_every_parameter(action, device, precision):
     """On the meta device an operation that mixes devices raises, as it would on a GPU."""
-    agent, args = make_agent(SPECS, action)
-    batch = make_batch(agent)
-    agent = agent.to(device)
+    agent, args = make_agent(SPECS, action, free_nats=0.0, precision=precision)
+    for head in (agent.reward, agent.critic, agent.slow_critic):
+        torch.nn.init.normal_(head[1].weight)  # outscale 0 passes nothing on at first
+    batch, agent = make_batch(agent), agent.to(device)
     optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate)
-    obs = {key: x.to(device) for key, x in batch.pop("obs").items()}
-    batch = {key: x.to(device) for key, x in batch.items()} | {"obs": obs}
-    state = (*agent.rssm.initial(2), torch.zeros(2, action.size, device=device))
+    batch = tree_map(lambda x: x.to(device), batch)
+    obs, state = batch["obs"], (*agent.rssm.initial(2), torch.zeros(2, action.size, device=device))
     with NoHostSync():
         latents, metrics = dreamerv3.train_step(agent, optimizer, batch, args)
         out, _ = dreamerv3.policy(agent, {key: x[:, 0] for key, x in obs.items()}, state, batch["is_first"][:, 0])
     assert {x.device.type for x in (out, *latents, *metrics.values())} == {device} and out.shape == (2, action.size)
+    assert all(p.grad is not None and (device == "meta" or p.grad.any()) for p in agent.trained())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -328,28 +297,10 @@ def test_captured_updates_are_the_updates(precision):
 
 
 def test_what_cannot_be_captured_runs_as_it_is(capsys, monkeypatch):
-    def broken():
-        raise RuntimeError("no graphs here")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", broken)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: torch.zeros(2) + torch.zeros(3))  # raises RuntimeError
     negative = dreamerv3.Graph(torch.neg)
     assert [negative(torch.ones(()) * i) for i in range(4)] == [0, -1, -2, -3]
-    assert capsys.readouterr().out == "cannot capture a CUDA graph, going on without: 'no graphs here'\n"
-
-
-def test_compiled_functions_are_one_graph_each(monkeypatch):
-    """fullgraph raises on anything that would break the graph: a host sync, a data-dependent shape, a print."""
-    agent, args = make_agent(SPECS)
-    batch = make_batch(agent)
-    torch.manual_seed(1)
-    expected = dreamerv3.loss(agent, batch, args)[0]
-    agent.return_norm.lo.zero_()
-    agent.return_norm.hi.zero_()
-    for owner, name in dreamerv3.COMPILED:
-        compiled = torch.compile(getattr(owner, name), fullgraph=True, backend="eager", dynamic=False)
-        monkeypatch.setattr(owner, name, compiled)
-    torch.manual_seed(1)
-    torch.testing.assert_close(dreamerv3.loss(agent, batch, args)[0], expected)
+    assert capsys.readouterr().out.count("cannot capture a CUDA graph, going on without: ") == 1
 
 
 def test_policy_and_training_agree_on_latents(argmax_sampling):
@@ -367,26 +318,34 @@ def test_policy_and_training_agree_on_latents(argmax_sampling):
 
 # === the time line ====================================================================================================
 class Chain(gym.Env):
-    """Walks 0, 1, 2, … to `length`, then ends, by termination or truncation; the reward is the new position."""
+    """Walks 0, 1, 2, … to 5, then ends, by termination or truncation; the reward is the new position. `fault`: fails in
+    its constructor, at its first reset, or in its 50th step by an observation outside its space or by dying."""
 
-    def __init__(self, length: int = 5, terminal: bool = True):
-        self.length, self.terminal = length, terminal
+    def __init__(self, terminal: bool = True, fault: str = ""):
+        self.terminal, self.fault, self.steps = terminal, fault, 0
         self.observation_space, self.action_space = spaces.Box(-1, 99, (1,)), spaces.Discrete(4, start=3)
+        assert fault != "constructor", "broken"
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
+        assert self.fault != "reset", "two\nlines"
         self.position = 0
         return np.zeros(1, np.float32), {}
 
     def step(self, action):
         assert action in self.action_space
-        self.position += 1
-        end, obs = self.position == self.length, np.full(1, self.position, np.float32)
+        self.position, self.steps = self.position + 1, self.steps + 1
+        fails, end = self.fault if self.steps == 50 else "", self.position == 5
+        if fails == "dies":
+            os._exit(1)
+        obs = np.full(1, math.nan if fails == "nan" else self.position, np.float32)
         return obs, self.position, end and self.terminal, end and not self.terminal, {}
 
 
-gym.register("DreamerChain-v0", Chain, kwargs={"length": 5})
-gym.register("DreamerTruncatedChain-v0", Chain, kwargs={"length": 5, "terminal": False})
+for fault in ("reset", "nan", "dies", "constructor"):
+    gym.register(f"Dreamer-{fault}-v0", Chain, kwargs={"fault": fault}, order_enforce=False)
+gym.register("DreamerChain-v0", Chain)
+gym.register("DreamerTruncatedChain-v0", Chain, kwargs={"terminal": False})
 
 
 QUICK = "--no-compile --batch-size 4 --batch-length 8 --train-ratio 16 --imagination-horizon 2 --size 1m"
@@ -479,24 +438,17 @@ def test_sampled_rows_are_contiguous_and_seams_are_marked(windows, lengths):
 
 
 def test_episode_windows_draw_every_step_equally_often():
-    """Episodes shorter than, as long as and longer than a window of 64; within six standard deviations per episode."""
-    lengths = [3, 40, 64, 65, 100, 200, 1000]
+    """Within six standard deviations; a row shows a step of a short episode several times, so that rows are counted."""
+    lengths, draws = [3, 40, 64, 65, 100, 200, 1000], 4000
     replay, step = Replay(1472, 1, FIELDS, 64), {name: np.zeros((1, *shape)) for name, (shape, _) in FIELDS.items()}
-    for length in lengths:
-        for t in range(length):
-            ends = {"is_first": np.array([t == 0]), "is_last": np.array([t == length - 1])}
-            replay.add(step | ends | {"is_terminal": ends["is_last"]})
+    for left, length in ((t, x) for x in lengths for t in reversed(range(x))):
+        last = np.array([left == 0])
+        replay.add(step | {"is_first": np.array([left == length - 1]), "is_last": last, "is_terminal": last})
     replay.online.clear()
-    counts, draws = np.zeros(1472), 4000
-    for _ in range(draws):
-        _, (_, time) = replay.sample(16)
-        np.add.at(counts, time, 1)
-    share, ends = counts / counts.mean(), np.cumsum(lengths)
-    # a row shows min(T, length) neighbors of a step in its place: rows are what is independent
-    noise = 6 / np.sqrt(draws * 16 / 1472 * np.array([64 / min(64, x) for x in lengths]) ** -1)
-    for length, end, sd in zip(lengths, ends, noise, strict=True):
-        episode = share[end - length : end]
-        assert abs(episode.mean() - 1) < sd and abs(episode[-1] - 1) < sd and np.abs(episode - 1).max() < sd, length
+    counts = np.bincount(np.concatenate([replay.sample(16)[1][1].ravel() for _ in range(draws)]), minlength=1472)
+    for episode in np.split(counts / counts.mean(), np.cumsum(lengths)[:-1]):
+        noise = 6 * np.sqrt(1472 / (16 * draws * min(64, len(episode))))
+        assert np.abs(episode - 1).max() < noise, (len(episode), noise)  # terminal steps, the last ones, too
 
 
 def test_a_stretch_is_used_once_when_it_is_complete():
@@ -538,8 +490,14 @@ def test_replay_goes_on_from_its_files(windows, tmp_path):
         assert all(np.array_equal(a[k], b[k]) for k in a)
     with pytest.raises(ValueError, match="this run needs"):
         Replay(80, 2, FIELDS, 8, windows, folder=tmp_path)
+    size = os.path.getsize(tmp_path / "reward.npy")
+    os.truncate(tmp_path / "reward.npy", size - 20)
+    with pytest.raises(
+        ValueError, match="shorter than its header says|greater than file size"
+    ):  # never zeros in place of what was stored
+        Replay(60, 2, FIELDS, 8, windows, folder=tmp_path)
     (tmp_path / "reward.npy").unlink()
-    with pytest.raises(FileNotFoundError):  # never zeros in place of what was stored
+    with pytest.raises(FileNotFoundError):
         Replay(60, 2, FIELDS, 8, windows, folder=tmp_path)
 
 
@@ -605,19 +563,25 @@ def test_adapter_flattens_every_space():
     obs, _ = env.reset(seed=0)
     assert env.observation_space.contains(obs) and obs["tuple/0"] in (0, 1, 2)
     assert env.action_spec == ActionSpec((2, 3), 5)
+    env = Everything()
+    env.observation_space = spaces.Box(0, 255, (84, 84, 7), np.uint8)  # OpenCV refuses 7 channels here
+    stack = env.observation_space.sample()
+    single = [cv2.resize(stack[..., i], (64, 64), interpolation=cv2.INTER_AREA) for i in range(7)]
+    np.testing.assert_array_equal(dreamerv3.Adapter(env, 64).observation(stack)["obs"], np.stack(single, -1))
 
 
-@pytest.mark.parametrize(
-    "space, spec, given, expected",
-    [
-        (spaces.Discrete(3, start=-1), ActionSpec((3,), 3), [2], 1),
-        (spaces.MultiDiscrete([[2, 3], [4, 5]]), ActionSpec((2, 3, 4, 5), 14), [1, 2, 3, 4], [[1, 2], [3, 4]]),
-        (spaces.MultiBinary(3), ActionSpec((2, 2, 2), 6), [1, 0, 1], [1, 0, 1]),
-        (spaces.Box(np.array([[0.0, -4.0]]), np.array([[1.0, 8.0]])), ActionSpec((), 2), [-3.0, 0.5], [[0.0, 5.0]]),
-        (spaces.Box(-np.inf, np.inf, (2,)), ActionSpec((), 2), [-3.0, 0.25], [-1.0, 0.25]),
-        (spaces.Box(0, 10, (1,), np.int64), ActionSpec((), 1), [0.1], [6]),
-    ],
-)
+ACTIONS = [
+    (spaces.Discrete(3, start=-1), ActionSpec((3,), 3), [2], 1),
+    (spaces.MultiDiscrete([[2, 3], [4, 5]]), ActionSpec((2, 3, 4, 5), 14), [1, 2, 3, 4], [[1, 2], [3, 4]]),
+    (spaces.MultiBinary(3), ActionSpec((2, 2, 2), 6), [1, 0, 1], [1, 0, 1]),
+    (spaces.Box(np.array([[0.0, -4.0]]), np.array([[1.0, 8.0]])), ActionSpec((), 2), [-3.0, 0.5], [[0.0, 5.0]]),
+    (spaces.Box(-np.inf, np.inf, (2,)), ActionSpec((), 2), [-3.0, 0.25], [-1.0, 0.25]),
+    (spaces.Box(0, np.inf, (1,)), ActionSpec((), 1), [1.0], [2.0]),
+    (spaces.Box(0, 10, (1,), np.int64), ActionSpec((), 1), [0.1], [6]),
+]
+
+
+@pytest.mark.parametrize("space, spec, given, expected", ACTIONS)
 def test_adapter_translates_actions(space, spec, given, expected):
     inner = Everything(space)
     env = dreamerv3.Adapter(inner, 48)
@@ -645,14 +609,6 @@ def test_adapter_leaves_out_what_cannot_be_learned_from():
         dreamerv3.Adapter(Everything(spaces.Dict({"a": spaces.Discrete(2)})), 64)
 
 
-def test_images_of_many_channels_are_resized_as_those_of_few():
-    env = Everything()
-    env.observation_space = spaces.Box(0, 255, (84, 84, 7), np.uint8)  # OpenCV refuses 7 channels here
-    stack = env.observation_space.sample()
-    single = [cv2.resize(stack[..., i], (64, 64), interpolation=cv2.INTER_AREA) for i in range(7)]
-    np.testing.assert_array_equal(dreamerv3.Adapter(env, 64).observation(stack)["obs"], np.stack(single, -1))
-
-
 OUTSIDE = {
     "camera": [np.zeros((20, 30, 1), np.float32), np.zeros((30, 20, 1), np.uint8)],
     "tuple/0": [8, 5.5],
@@ -673,16 +629,10 @@ def test_observations_that_leave_their_space_are_refused(key, value):
     reduce(getitem, path, obs)[last] = value
     with pytest.raises(ValueError, match=f"observation '{key}' is declared .* came as"):
         env.observation(obs)
-
-
-@pytest.mark.parametrize("reward", [math.nan, -math.inf, None])
-def test_rewards_must_be_finite_numbers(reward):
-    inner = Chain()
-    env = dreamerv3.Adapter(inner, 48)
-    env.reset()
-    inner.step = lambda action: (np.zeros(1), reward, False, False, {})
-    with pytest.raises(ValueError, match=f"reward {reward} is not a finite number"):
-        env.step(np.array([0]))
+    for reward in (math.nan, -math.inf, None):
+        env.env.step = lambda action: (obs, reward, False, False, {})  # noqa: B023
+        with pytest.raises(ValueError, match=f"reward {reward} is not a finite number"):
+            env.step(np.array([0, 0]))
 
 
 @pytest.mark.parametrize("env_id, sticky", [("ALE/Pong-v5", 0.25), ("PongNoFrameskip-v4", 0.0)])
@@ -727,23 +677,18 @@ def saved(folder: Path) -> dict:
 
 
 def events(folder: Path) -> EventAccumulator:
-    found = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    found.Reload()
-    return found
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
 
 
 def scalars(folder: Path) -> dict[str, list]:
-    found = events(folder)
-    return {tag: [e.value for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    return {tag: [e.value for e in events(folder).Scalars(tag)] for tag in events(folder).Tags()["scalars"]}
 
 
-KEYS = [f"charts/{k}" for k in "episodic_return episodic_length SPS updates_per_second learning_rate updates".split()]
-KEYS += ["charts/frames", "charts/train_ratio", "charts/time_share_update"]
-KEYS += [f"losses/{k}" for k in "recon reward continue dyn rep actor critic replay_critic total".split()]
-KEYS += ["world_model/prior_entropy", "world_model/posterior_entropy"]
-KEYS += [f"behavior/{k}" for k in "return_mean return_scale advantage_mag value_mean reward_mean".split()]
-KEYS += ["behavior/continue_mean", "behavior/actor_entropy"]
-KEYS += ["optim/grad_norm", "optim/update_rms", "optim/param_rms"]
+KEYS = """charts/{episodic_return,episodic_length,SPS,updates_per_second,learning_rate,updates,frames,train_ratio}
+charts/{time_share_update} losses/{recon,reward,continue,dyn,rep,actor,critic,replay_critic,total}
+behavior/{return_mean,return_scale,advantage_mag,value_mean,reward_mean,continue_mean,actor_entropy}
+world_model/{prior_entropy,posterior_entropy} optim/{grad_norm,update_rms,param_rms}"""
+KEYS = {f"{group}{name}" for group, names in re.findall(r"(\w+/){(.*?)}", KEYS) for name in names.split(",")}
 WORDS = "trained parameters| GB|1 update every|run folder: runs/".split("|")
 WORDS += ["device: cuda"] if torch.cuda.is_available() else ["device: cpu", "CUDA is not available"]
 
@@ -769,7 +714,7 @@ def test_command_line_trains_and_leaves_its_files(flags, frames, tmp_path):
     assert rows and list(rows[0]) == ["global_step", "frames", "return", "length", "seconds"]
     assert all(int(row["frames"]) == frames * int(row["global_step"]) for row in rows)
     values = scalars(folder)
-    assert set(KEYS) <= set(values) and all(np.isfinite(v).all() for v in values.values())
+    assert set(values) >= KEYS and all(np.isfinite(v).all() for v in values.values())
     total, ratio = (float(re.findall(rf"--{flag} ([\d.]+)", flags)[-1]) for flag in ("total-timesteps", "train-ratio"))
     envs = 4 if "--num-envs" in flags else 1
     updates = math.floor(ratio * (total - 64 - (total - 64) % envs) / (4 * 16))
@@ -810,12 +755,11 @@ def test_bad_input_gives_one_line_and_status_2(flags, program, capsys, tmp_path,
 def test_limits_count_the_processes_that_train_together(monkeypatch, capsys):
     monkeypatch.setattr(dreamerv3.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dreamerv3.dist, "get_world_size", lambda: 8)
-    good = Args(num_envs=16, buffer_size=1040, learning_starts=64 * 16 * 8, total_timesteps=65 * 16 * 8)
-    dreamerv3.check_args(good)
-    for name, least in {"buffer_size": 1040, "learning_starts": 8192, "total_timesteps": 8320}.items():
+    least = {"buffer_size": 65 * 16, "learning_starts": 64 * 16 * 8, "total_timesteps": 65 * 16 * 8}
+    dreamerv3.check_args(Args(num_envs=16, **least))
+    for name in least:
         with pytest.raises(SystemExit):
-            dreamerv3.check_args(dataclasses.replace(good, **{name: least - 1}))
-        assert "must be at " in capsys.readouterr().err
+            dreamerv3.check_args(Args(num_envs=16, **least | {name: least[name] - 1}))
 
 
 HUGE = "--total-timesteps 10000000000000 --buffer-size 10000000000000"
@@ -826,8 +770,9 @@ HUGE = "--total-timesteps 10000000000000 --buffer-size 10000000000000"
     [
         ("--exp-name file", "cannot write the run folder .*: .*'runs"),
         (f"--exp-name {'x' * 300}", "File name too long"),
+        ("--exp-name same", "File exists: 'runs/"),
         ("--exp-name full", r"cannot write the run folder .*\(--buffer-size\): .*No space left"),
-        (f"{HUGE} --no-persist-replay", "hold the replay buffer .--buffer-size.: .*Unable to allocate"),
+        (f"{HUGE} --no-persist-replay", "cannot write the run folder .--buffer-size.: .*Unable to allocate"),
         ("--capture-video", "CartPole-v1 cannot be made with --capture-video: .*moviepy.*pip install"),
         ("--capture-video --env-id DreamerChain-v0", "Chain-v0 cannot be made with --capture-video: .*render_mode"),
         ("--capture-video", "cannot be made with --capture-video: .*Not a directory.*/videos/"),
@@ -849,19 +794,13 @@ def test_a_start_that_fails_is_one_line_and_leaves_nothing(flags, words, program
         (tmp_path / "videos").touch()
     if "full" in flags:
         monkeypatch.setattr(os, "posix_fallocate", no_space)
+    if "same" in flags:  # another run began in the same second
+        monkeypatch.setattr(time, "time", lambda: 7.5)
+        (tmp_path / "runs" / "CartPole-v1__same__1__7").mkdir(parents=True)
     assert program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 100 {flags}") == 2
     error = capsys.readouterr().err.strip()
     assert re.search(words, error) and "\n" not in error
     assert not [x for x in tmp_path.rglob("*") if x.is_file() and x.parent != tmp_path]
-
-
-def test_a_run_stays_out_of_the_folder_of_another(program, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 7.5)
-    other = tmp_path / "runs" / "CartPole-v1__dreamerv3__1__7" / "checkpoint.pt"
-    other.parent.mkdir(parents=True)
-    other.touch()
-    assert program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 100") == 2
-    assert "File exists: 'runs/" in capsys.readouterr().err and [*other.parent.iterdir()] == [other]
 
 
 def test_a_run_survives_sigkills_at_random_moments(tmp_path):
@@ -904,30 +843,6 @@ def test_a_run_survives_sigkills_at_random_moments(tmp_path):
     assert not terminal[~last].any()
 
 
-class Faulty(Chain):
-    """Fails at its first reset, or in its 50th step by an observation outside its space or by dying."""
-
-    def __init__(self, fault: str):
-        super().__init__()
-        self.fault, self.steps = fault, 0
-        assert fault != "constructor", "broken"
-
-    def reset(self, seed=None, options=None):
-        assert self.fault != "reset", "two\nlines"
-        return super().reset(seed=seed)
-
-    def step(self, action):
-        self.steps += 1
-        if self.steps == 50 and self.fault == "dies":
-            os._exit(1)
-        obs, *rest = super().step(action)
-        return obs * (np.nan if self.steps == 50 else 1), *rest
-
-
-for fault in ("reset", "nan", "dies", "constructor"):
-    gym.register(f"Dreamer-{fault}-v0", Faulty, kwargs={"fault": fault}, order_enforce=False)
-
-
 @pytest.mark.parametrize(
     "fault, envs, words, steps",
     [
@@ -938,7 +853,7 @@ for fault in ("reset", "nan", "dies", "constructor"):
         ("reset", 2, "AssertionError: two lines", 0),
     ],
 )
-def test_an_environment_that_fails_ends_the_run_saved(fault, envs, words, steps, program, recwarn, capsys):
+def test_an_environment_that_fails_ends_the_run_saved(fault, envs, words, steps, program, recwarn, capsys, monkeypatch):
     assert program(f"{QUICK} --env-id Dreamer-{fault}-v0 --num-envs {envs} --total-timesteps 200") == 2
     *trace, line = capsys.readouterr().err.strip().splitlines()
     text = f"dreamerv3.py: error: Dreamer-{fault}-v0 failed at step {steps * envs}, saved runs/.*: {words}.*"
@@ -948,12 +863,10 @@ def test_an_environment_that_fails_ends_the_run_saved(fault, envs, words, steps,
     folder = run_folder(Path.cwd())
     assert saved(folder)["global_step"] == steps * envs
     assert np.load(folder / "replay" / "clock.npy")[0] == steps
-
-
-def test_an_environment_that_fails_says_when_nothing_could_be_saved(program, monkeypatch, capsys):
-    monkeypatch.setattr(torch, "save", lambda *inputs: no_space(None, 0, 0))
-    assert program(f"{QUICK} --env-id Dreamer-reset-v0 --total-timesteps 200") == 2
-    assert "failed at step 0, could not save runs/" in capsys.readouterr().err.splitlines()[-1]
+    if fault == "reset":
+        monkeypatch.setattr(torch, "save", lambda *inputs: no_space(None, 0, 0))
+        assert program(f"{QUICK} --env-id Dreamer-reset-v0 --total-timesteps 200 --exp-name full") == 2
+        assert "failed at step 0, could not save runs/" in capsys.readouterr().err.splitlines()[-1]
 
 
 CHAIN = f"{QUICK} --env-id DreamerChain-v0 --buffer-size 60"
@@ -961,29 +874,16 @@ CHAIN = f"{QUICK} --env-id DreamerChain-v0 --buffer-size 60"
 
 def test_updates_made_up_after_a_kill_are_saved_on_the_way(program, monkeypatch):
     program(f"{CHAIN} --total-timesteps 60")
-    folder, calls = run_folder(Path.cwd()), []
+    folder, calls = run_folder(Path.cwd()), iter(range(599))
     torch.save(saved(folder) | {"owed": 700.0}, folder / "checkpoint.pt")
-
-    def update(agent, optimizer, batch, args):
-        calls.append(None)
-        if len(calls) == 600:
-            sys.exit(9)  # a kill
-        latents = [batch[key].unsqueeze(1).expand(-1, 8, *batch[key].shape[1:]) for key in ("deter", "stoch")]
-        return latents, {"losses/total": torch.zeros(())}
-
-    monkeypatch.setattr(dreamerv3, "train_step", update)
-    assert program(f"--resume {folder} --total-timesteps 70") == 9
+    latents = torch.zeros(4, 8, TINY.deter), torch.zeros(4, 8, TINY.groups, TINY.classes)
+    # the 600th update is a kill
+    monkeypatch.setattr(
+        dreamerv3, "train_step", lambda *x, **y: (latents, {"losses/total": torch.tensor(float(next(calls)))})
+    )
+    with pytest.raises(StopIteration):
+        dreamerv3.main(f"--resume {folder} --total-timesteps 70".split())
     assert (saved(folder)["updates"], saved(folder)["owed"]) == (500, 700.5 - 490)
-
-
-def test_a_gpu_that_cannot_start_is_left_alone(program, monkeypatch):
-    def broken():
-        raise RuntimeError("CUDA driver initialization failed")
-
-    for name, value in {"device_count": lambda: 1, "is_initialized": lambda: False, "_lazy_init": broken}.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    assert not program(f"{CHAIN} --total-timesteps 60 --no-cuda --video-frequency 5 --eval-frequency 30")
-    assert not program(f"--resume {run_folder(Path.cwd())} --total-timesteps 70")
 
 
 def test_resumed_and_evaluated_runs_are_bit_identical_to_a_plain_one(program, tmp_path, capsys):
@@ -1029,22 +929,17 @@ def test_resume_takes_a_checkpoint_file_and_falls_back_to_a_good_one(program, ca
     assert "--batch-size 5 disagrees with 4" in resume(folder, flags="--batch-size 5")
     assert "--total-timesteps 59 is less than the 60" in resume(folder, flags="--total-timesteps 59")
     assert "resumed at step 60 after 5 updates" in resume(previous)
-    out = resume(foreign)
-    assert "foreign.pt is unreadable (KeyError), using checkpoint.pt" in out and "after 10 updates" in out
-    out = resume(folder, foreign.read_bytes())
-    assert "checkpoint.pt is unreadable (KeyError), using checkpoint_previous.pt" in out
+    assert "foreign.pt is unreadable (KeyError), using checkpoint.pt" in resume(foreign)
+    assert "pt is unreadable (KeyError), using checkpoint_previous.pt" in resume(folder, foreign.read_bytes())
     assert foreign.exists() and (folder / "checkpoint.unreadable").exists()
     assert "holds no good checkpoint" in resume(folder, good[:500], good[:500]) and newest.exists()
     state = torch.load(io.BytesIO(good), weights_only=True)
     torch.save(state | {"args": state["args"] | {"env_id": "CartPole-v1"}}, foreign)
-    assert "obs.obs.npy holds float32 (1, 61, 1), this run needs float32 (1, 61, 4)" in resume(
-        folder, foreign.read_bytes()
-    )
+    words = "cannot read the replay buffer .*obs.obs.npy holds float32 .1, 61, 1., this run needs float32 .1, 61, 4."
+    assert re.search(words, resume(folder, foreign.read_bytes()))
     state["agent"].pop("reward.0.0.0.weight")
     torch.save(state, foreign)
-    assert "names a run of other spaces or another size: RuntimeError: Error(s) in loading" in resume(
-        folder, foreign.read_bytes()
-    )
+    assert "another size: RuntimeError: Error(s) in loading" in resume(folder, foreign.read_bytes())
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(program, capsys, monkeypatch):
@@ -1052,8 +947,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(program, capsys
     save, limits = torch.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(state, file):
-        if state["global_step"] > 50:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0] if state["global_step"] <= 50 else 100_000, limits[1]))
         try:
             save(state, file)
         finally:
@@ -1063,15 +957,13 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(program, capsys
     assert program(f"{CHAIN} --total-timesteps 110 --checkpoint-frequency 50") == 1  # the last one is missing
     assert capsys.readouterr().out.count("warning: no checkpoint at step 1") == 2
     folder = run_folder(Path.cwd())
-    assert (folder / "checkpoint.pt").stat().st_size > 100_000 and not (folder / "checkpoint.tmp").exists()
-    assert dreamerv3.load_checkpoint(folder)[1]["global_step"] == 50
+    assert saved(folder)["global_step"] == 50 and not (folder / "checkpoint.tmp").exists()
     assert np.load(folder / "replay" / "clock.npy")[0] == 110
 
 
 def test_without_persistent_replay_a_resumed_run_refills_first(program, capsys):
     program(f"{CHAIN} --buffer-size 100 --total-timesteps 60 --no-persist-replay --no-cuda")
-    out = capsys.readouterr().out
-    assert "CUDA" not in out
+    assert "CUDA" not in capsys.readouterr().out
     folder = run_folder(Path.cwd())
     program(f"--resume {folder} --total-timesteps 120")
     out = capsys.readouterr().out
@@ -1079,13 +971,10 @@ def test_without_persistent_replay_a_resumed_run_refills_first(program, capsys):
     assert "replay: 60 steps take 0.00 GB" in out  # as many as before
     assert saved(folder)["updates"] == 10 + 20 // 2
     assert not (folder / "replay").exists()
-
-
-def test_a_refill_that_was_interrupted_goes_on(program, capsys):
-    program(f"{CHAIN} --total-timesteps 60")
-    folder = run_folder(Path.cwd())
+    program(f"{CHAIN} --total-timesteps 60 --exp-name interrupted")
+    folder = run_folder(Path.cwd(), "interrupted")
     shutil.rmtree(folder / "replay")
-    program(f"--resume {folder} --total-timesteps 70")
+    program(f"--resume {folder} --total-timesteps 70")  # in the middle of a refill
     program(f"--resume {folder} --total-timesteps 120")
     assert "10 steps in the replay buffer: TOO FEW, collecting 30" in capsys.readouterr().out
     assert saved(folder)["updates"] == 10 + (120 - 60 - 40) // 2
@@ -1102,8 +991,8 @@ def test_memory_is_constant(program, monkeypatch):
         seen.append((pages * os.sysconf("SC_PAGE_SIZE"), sum(type(x) is torch.Tensor for x in gc.get_objects())))
 
     monkeypatch.setattr(dreamerv3, "save_run", measure)
-    flags = "--env-id CartPole-v1 --buffer-size 500 --total-timesteps 2500 --checkpoint-frequency 250 --train-ratio 3"
-    flags += " --log-frequency 250 --video-frequency 40"
+    flags = "--env-id CartPole-v1 --buffer-size 500 --total-timesteps 1600 --checkpoint-frequency 160 --train-ratio 3"
+    flags += " --log-frequency 160 --video-frequency 40"
     program(f"{QUICK} {flags}")
     memory, tensors = zip(*seen[4:], strict=True)
     assert len(seen) == 11 and max(tensors) == min(tensors) and memory[-1] - memory[0] < 4e6, seen
@@ -1136,18 +1025,17 @@ def test_a_dream_is_the_posterior_then_the_prior_alone(argmax_sampling, tmp_path
     assert torch.equal(torch.get_rng_state(), before)
     with Image.open(tmp_path / "dreams" / "7.gif") as gif:  # the border tells context, prediction, episode start
         colors = [gif.convert("RGB").getpixel((0, 0)) for _ in ImageSequence.Iterator(gif)]
-    names = {(False, True, False): "green", (True, False, False): "red", (True, True, True): "white"}
-    assert " ".join(names[tuple(x > 99 for x in c)] for c in colors) == "green white green green green red white red"
+    green, red, white = (0, 255, 0), (255, 0, 0), (255, 255, 255)
+    np.testing.assert_allclose(colors, [green, white, green, green, green, red, white, red], atol=30)
 
 
 def test_dreams_are_drawn(program):
     assert not program(f"{QUICK} --env-id DreamerEverything-v0 --total-timesteps 60 --video-frequency 5")
-    folder = run_folder(Path.cwd())
-    assert sorted(x.name for x in (folder / "dreams").iterdir()) == ["10.gif", "10.png", "5.gif", "5.png"]
-    with Image.open(folder / "dreams" / "10.gif") as gif, Image.open(folder / "dreams" / "10.png") as plot:
-        assert (gif.n_frames, gif.size, plot.size) == (8, (4 * 68, 3 * 64 + 4), (1280, 8 * 120))
+    gif, plot = (Image.open(run_folder(Path.cwd()) / "dreams" / name) for name in ("5.gif", "10.png"))
+    assert (gif.n_frames, gif.size, plot.size) == (8, (4 * 68, 3 * 64 + 4), (1280, 8 * 120))
     for tag, size in {"dream/images": (8 * 68, 4 * 196), "dream/vectors": (1280, 8 * 120)}.items():
-        assert [(e.width, e.height, e.step) for e in events(folder).Images(tag)] == [(*size, 50), (*size, 60)]
+        shown = events(run_folder(Path.cwd())).Images(tag)
+        assert [(e.width, e.height, e.step) for e in shown] == [(*size, 50), (*size, 60)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -1194,12 +1082,11 @@ def test_the_snippets_of_the_readme_run(program, capsys, tmp_path):
 
 
 def test_results_are_logs_of_the_program_and_draw_the_figures_of_the_readme(tmp_path):
-    for path in (ROOT / "results").glob("*.csv"):
-        assert path.read_text().startswith("global_step,frames,return,length,seconds\n"), path
-        shutil.copy(path, tmp_path)
+    logs = list((ROOT / "results").glob("*.csv"))
+    assert all(path.read_text().startswith("global_step,frames,return,length,seconds\n") for path in logs)
+    [shutil.copy(path, tmp_path) for path in logs]
     runpy.run_path(str(ROOT / "results" / "plot.py"))["draw"](tmp_path)
-    shown = set(re.findall(r"results/(\w+\.png)", README))
-    assert shown and shown <= {path.name for path in tmp_path.glob("*.png")}
+    assert {path.name for path in tmp_path.glob("*.png")} >= set(re.findall(r"results/(\w+\.png)", README)) != set()
 
 
 def test_videos_show_every_step_of_an_episode(program, tmp_path):
@@ -1232,16 +1119,6 @@ def test_tracking_passes_on_what_cleanrl_does(program, monkeypatch, tmp_path):
     before = set(tmp_path.rglob("*"))
     wandb.init = lambda **kw: 1 / 0
     assert program(f"{flags} --exp-name refused --total-timesteps 40") == 2 and set(tmp_path.rglob("*")) == before
-
-
-def test_tracking_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    done = run(f"{FAST} --env-id CartPole-v1 --total-timesteps 110 --track --capture-video", tmp_path)
-    assert done.returncode == 0, done.stderr
-    files = {path.name for path in tmp_path.glob("wandb/offline-run-*/files/**/*")}
-    assert {"dreamerv3.py", "networks.py", "replay.py", "rl-video-episode-0.mp4"} <= files
-    assert b"losses/recon" in next(tmp_path.glob("wandb/offline-run-*/*.wandb")).read_bytes()
 
 
 # === golden: numbers computed by the official JAX code (golden/README.md) =============================================
@@ -1333,16 +1210,11 @@ def test_golden_files_exist():
 
 
 @pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
-def test_golden_names_cover_every_parameter(path):
+def test_golden_forward(path, argmax_sampling):
     golden = Golden(path)
     official = {k.removeprefix("params/") for k in golden.data if k.startswith("params/") and "retnorm" not in k}
     assert official == set(golden.names)
     assert {id(p) for p in golden.agent.parameters()} == {id(p) for p in golden.names.values()}
-
-
-@pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
-def test_golden_forward(path, argmax_sampling):
-    golden = Golden(path)
     agent, batch, args = golden.agent, golden.batch(), golden.args
     losses, deter, stoch, outputs = dreamerv3.world_model_loss(agent, batch, args)
     feat, obs = dreamerv3.get_feat(deter, stoch), batch["obs"]
@@ -1381,12 +1253,9 @@ def test_golden_forward(path, argmax_sampling):
 
 
 @pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
-def test_golden_updates(path, argmax_sampling):
-    check_updates(Golden(path))
-
-
-def check_updates(golden, first=lambda update, batch: update(batch)):
+def test_golden_updates(path, argmax_sampling, first=lambda update, batch: update(batch)):
     """Losses, gradients and all weights over the file's updates; first: how to make the first one."""
+    golden = Golden(path)
     agent, args, batch = golden.agent, golden.args, golden.batch()
     start = {name: p.detach().clone() for name, p in golden.names.items()}
     optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
@@ -1411,11 +1280,14 @@ def check_updates(golden, first=lambda update, batch: update(batch)):
 
 @pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
 def test_compiled_updates_equal_the_official_ones(path, argmax_sampling, monkeypatch):
-    """About a minute each with a cold compiler cache, so not part of `-k golden`."""
-    golden = Golden(path)
+    """Not part of `-k golden`: with a cold compiler cache it takes a minute per file."""
+    if "continuous" in path.stem:  # the actor is what differs; the rest is compiled for the other file
+        monkeypatch.setattr(
+            dreamerv3, "COMPILED", [x for x in dreamerv3.COMPILED if x[1] in ("imagine_step", "observe_step")]
+        )
     for owner, name in dreamerv3.COMPILED:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # restores the plain functions afterwards
-    check_updates(golden, dreamerv3.compiled)
+    test_golden_updates(path, None, dreamerv3.compiled)
     assert networks.RSSM.observe_step is not PLAIN_STEP, "fell back to eager mode"
 
 
@@ -1452,9 +1324,8 @@ def test_two_processes_make_the_updates_of_one_on_the_joined_batch(tmp_path, mon
 
 
 def test_torchrun_trains_logs_once_and_resumes(tmp_path):
-    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 {ROOT / 'dreamerv3.py'}"
-
     def output(flags: str) -> str:
+        torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 {ROOT / 'dreamerv3.py'}"
         options = {"cwd": tmp_path, "env": os.environ | {"CUDA_VISIBLE_DEVICES": ""}, "text": True}
         return subprocess.run([*torchrun.split(), *flags.split()], stdout=subprocess.PIPE, **options).stdout
 
