@@ -488,6 +488,7 @@ def main(argv: list[str] | None = None) -> None:
         stop.code = stop.code or 1
         stop.now()  # what the other ranks wait for, if there are any
         envs.closed = True  # closing what is broken may fail again; worker processes end with this one
+        log.bar.close()
         return f"failed at step {global_step}, {'saved' if save() else 'could not save'} {folder}"
 
     def due(frequency: int) -> bool:
@@ -789,7 +790,8 @@ def choose_device(args: Args) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 in convolutions too; torch's default is True
     torch.backends.cudnn.deterministic = args.torch_deterministic
     absent = ", CUDA is not available" if args.cuda and device.type == "cpu" else ""
-    print(f"device: {device} ({name}), {args.precision}, {'compiled' if args.compile else 'eager'}{absent}")
+    mode = "compiled" if args.compile and not args.eval_only else "eager"
+    print(f"device: {device} ({name}), {args.precision}, {mode}{absent}")
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     return device

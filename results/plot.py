@@ -1,6 +1,7 @@
 """Draw results/*.png, one figure per suite, from results/*.csv: python results/plot.py
 
-Dots are episodes, lines their mean over the last 20 (of one seed), crosses published means.
+Dots are episodes, lines their mean over the last 20 (of one seed), black lines the official code, crosses published
+means. Logs named parity are runs under the protocol of the official code's run.
 """
 
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 SUITES = {  # figure -> environment -> published mean return after so many environment steps
-    "classic_control": {"CartPole-v1": {}},
+    "parity": {"CartPole-v1__parity": {}},
+    "classic_control": {"CartPole-v1__seed": {}},
     "dm_control": {
         "dm_control-finger-spin-v0": {50_000: 483, 100_000: 748},
         "dm_control-reacher-easy-v0": {50_000: 558, 100_000: 740},
@@ -25,7 +27,7 @@ SUITES = {  # figure -> environment -> published mean return after so many envir
 def draw(folder: Path) -> None:
     """Draw every suite that has logs in the folder, `{environment}__seed{number}.csv`, into it."""
     for suite, tasks in SUITES.items():
-        logs = {task: sorted(folder.glob(f"{task}__*.csv")) for task in tasks}
+        logs = {task: sorted(folder.glob(f"{task}_*.csv")) for task in tasks}
         logs = {task: paths for task, paths in logs.items() if paths}
         if not logs:
             continue
@@ -34,14 +36,17 @@ def draw(folder: Path) -> None:
         figure = Figure((5 * columns, 3.5 * rows), dpi=100, layout="constrained")
         for i, (task, paths) in enumerate(logs.items()):
             ax = figure.add_subplot(rows, columns, i + 1)
-            for path in paths:
-                frames, returns = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(1, 2), ndmin=2).T
+            official = Path(__file__).parent / "official" / "CartPole-v1__official_seed1.csv"
+            for path in [official, *paths] if suite == "parity" else paths:
+                columns_of = (0, 1) if path == official else (1, 2)  # environment steps, return
+                frames, returns = np.loadtxt(path, delimiter=",", skiprows=1, usecols=columns_of, ndmin=2).T
                 means = [returns[max(0, i - 19) : i + 1].mean() for i in range(len(returns))]
-                (line,) = ax.plot(frames, means, label=path.stem.split("__", 1)[1])
+                style = {"color": "black"} if path == official else {}
+                (line,) = ax.plot(frames, means, label=path.stem.split("__", 1)[1], **style)
                 ax.plot(frames, returns, ".", color=line.get_color(), alpha=0.2, markersize=4)
             if tasks[task]:
                 ax.plot(*zip(*tasks[task].items(), strict=True), "kx", label="published")
-            ax.set(title=task, xlabel="environment steps", ylabel="return")
+            ax.set(title=task.split("__")[0], xlabel="environment steps", ylabel="return")
             ax.locator_params(axis="x", nbins=5)
             ax.legend(fontsize="small")
         figure.savefig(folder / f"{suite}.png")
