@@ -10,8 +10,9 @@ actions of the actor. The critic learns the lambda-returns of these trajectories
 learns by REINFORCE to increase them, with advantages divided by the range between the returns' 5th and 95th percentile.
 One optimizer and one set of hyperparameters for every environment.
 
-Symbols: B batch, T sequence length, N = B*T, H imagination horizon, D width of h (deter), S groups of K classes in z
-(stoch), F = D + S*K features, E embedding, A action, V bins. Scalars per step are (B, T). Everything is batch-major.
+Symbols: B batch, T sequence length, N rows (B*T in imagination, environments when acting), H imagination horizon, D
+width of h (deter), S groups of K classes in z (stoch), F = D + S*K features, E embedding, A action, V bins. Scalars per
+step are (B, T). Everything is batch-major.
 
 Time line. Step t holds what arrived at t and the action chosen on it; reward[t] was earned by action[t-1].
 
@@ -25,7 +26,7 @@ Time line. Step t holds what arrived at t and the action chosen on it; reward[t]
 
 The first half of this file is the specification: 1 flags · 2 agent · 3 world-model loss · 4 imagination · 5
 lambda-return and return range · 6 actor and critic losses · 7 optimizer · 8 update and loop. To see the whole at once,
-start at `loss` and `main`. The second half is what a program needs besides, from environments to checkpoints.
+start at `loss`, `train_step` and `main`. The second half holds everything else, from environments to checkpoints.
 """
 
 import copy
@@ -83,7 +84,7 @@ class Args:
     # Environment
     env_id: str = "ALE/Pong-v5"  # any Gymnasium id; module:Id imports the module first
     total_timesteps: int = 400_000  # agent steps of the run, over all environments of all processes
-    num_envs: int = 1  # environments per training process; more than one run in worker processes
+    num_envs: int = 1  # environments per training process; if more than one, each in a worker process
     action_repeat: int = 0  # environment steps per agent step; 0 means 4 (with max-pooling) for Atari, else 1
     image_size: int = 64  # height and width to which images are resized, a multiple of 16 from 48 to 256
     # World model
@@ -91,17 +92,15 @@ class Args:
     batch_size: int = 16  # B, sequences per update and training process
     batch_length: int = 64  # T, steps per sequence
     pred_scale: float = 1.0  # beta_pred, weight of the reconstruction, reward and continue losses
-    dyn_scale: float = 1.0  # beta_dyn, weight of the KL loss that trains the prior (0.5 in the 2023 preprint)
-    rep_scale: float = 0.1  # beta_rep, weight of the KL loss that trains the posterior
+    dyn_scale: float = 1.0  # beta_dyn, weight of the KL loss towards the posterior (0.5 in the 2023 preprint)
+    rep_scale: float = 0.1  # beta_rep, weight of the KL loss towards the prior
     free_nats: float = 1.0  # KL below which neither KL loss has a gradient
     unimix: float = 0.01  # uniform probability mixed into the latent categoricals
-    twohot: Literal["symexp", "symlog"] = (
-        "symexp"  # symexp-spaced bins, or even ones for symlog targets (2023 preprint)
-    )
+    twohot: Literal["symexp", "symlog"] = "symexp"  # symexp-spaced bins, or even bins for symlog targets (preprint)
     bins: int = 255  # V, bins of the reward and critic distributions, odd
     # Actor and critic
     imagination_horizon: int = 15  # H, imagined steps per start state
-    gamma: float = 1 - 1 / 333  # the discount, learned into the continue predictor
+    gamma: float = 1 - 1 / 333  # the discount, part of the continue predictor's target
     return_lambda: float = 0.95  # lambda of the lambda-returns
     ent_coef: float = 3e-4  # eta, coefficient of the actor's entropy bonus
     actor_unimix: float = 0.01  # uniform probability mixed into a discrete actor (0 in the official code)
@@ -119,7 +118,7 @@ class Args:
     cudagraphs: bool = True  # on CUDA, launch the policy and the update as one graph each; not under torchrun
     # Replay
     buffer_size: int = 1_000_000  # steps kept per training process; never more than its share of total_timesteps
-    replay_windows: Literal["episode", "stream"] = "episode"  # sequences inside an episode, or across (official code)
+    replay_windows: Literal["episode", "stream"] = "episode"  # repeat one episode, or cross episodes (official)
     persist_replay: bool = True  # keep the replay buffer in memory-mapped files of the run folder, for --resume
     # Logging
     log_frequency: int = 100  # agent steps between two records of losses in TensorBoard
@@ -132,7 +131,7 @@ class Args:
     eval_frequency: int = 0  # agent steps between two evaluations during training; 0 means never
 
 
-# all widths follow from D, that of the deterministic state; 50m has the 32 x 32 stochastic state
+# all widths follow from D; there are always 32 groups, so that 50m has a 32 x 32 stochastic state
 DETER = {"1m": 512, "12m": 2048, "25m": 3072, "50m": 4096, "100m": 6144, "200m": 8192, "400m": 12288}
 SIZES = {name: Size(d, hidden=d // 8, units=d // 8, classes=d // 128, depth=d // 128) for name, d in DETER.items()}
 
@@ -165,7 +164,7 @@ class Agent(nn.Module):
 
 
 def get_feat(deter: Tensor, stoch: Tensor) -> Tensor:
-    """(…, D), (…, S, K) -> (…, F), what all heads but the decoder see; cast once, where autocast would do so often."""
+    """(…, D), (…, S, K) -> (…, F), for all heads but the decoder; cast once, not in every head."""
     half = torch.is_autocast_enabled("cuda" if deter.is_cuda else "cpu")
     return torch.cat([deter, stoch.flatten(-2)], -1).to(torch.bfloat16 if half else torch.float32)
 
@@ -185,14 +184,14 @@ def decode_action(action: Tensor, spec: ActionSpec) -> Tensor:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # small batches, float32: compiling again for them does not pay
+@torch.compiler.set_stance("force_eager")  # small batches, float32: not worth another compilation
 def policy(agent: Agent, obs: dict[str, Tensor], state: tuple, is_first: Tensor) -> tuple[Tensor, tuple]:
     """Act in N environments: obs key -> (N, …), is_first (N,) bool, state (deter, stoch, action) of the step before.
 
     Returns the sampled action (N, A) and the new state. `agent.rssm.initial(N)` and zeros (N, A) are a first state.
     """
     deter, stoch, action = state
-    u = torch.rand(*stoch.shape[:2], device=stoch.device)  # (N, S)
+    u = torch.rand(*stoch.shape[:2], device=stoch.device)  # (N, S), samples z
     deter, stoch, _ = agent.rssm.observe_step(deter, stoch, action, agent.encoder(obs), is_first, u)
     action = agent.actor(get_feat(deter, stoch)).sample(agent.actor.noise(len(deter)))  # (N, A)
     return action, (deter, stoch, action)
@@ -203,19 +202,19 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
     """Losses of the world model on replayed sequences.
 
     batch: obs key -> (B, T, …), prev_action (B, T, A), reward and flags (B, T), deter (B, D) and stoch (B, S, K) of
-    the step before. Returns the losses, each (B, T), the posterior deter (B, T, D) and stoch (B, T, S, K) with
+    the step before the first. Returns losses, each (B, T), the posterior deter (B, T, D) and stoch (B, T, S, K) with
     gradient, and further outputs: features, embedding, logits, reconstructions, entropies.
     """
     obs, before = batch["obs"], (batch["deter"], batch["stoch"], batch["prev_action"])
     embed = agent.encoder(obs)  # (B, T, E)
     deter, stoch, post = agent.rssm.observe(*before, embed, batch["is_first"])  # (B, T, D), (B, T, S, K), logits alike
-    prior = agent.rssm.logits(agent.rssm.prior, deter)  # (B, T, S, K)
+    prior = agent.rssm.logits(agent.rssm.prior, deter)  # (B, T, S, K), what the prior network predicts
     feat = get_feat(deter, stoch)  # (B, T, F)
     reward = agent.reward(feat)  # (B, T, V)
     cont = agent.cont(feat).squeeze(-1).float()  # (B, T)
     recon = agent.decoder(deter, stoch)  # key -> (B, T, …)
 
-    discount = (~batch["is_terminal"]).float() * args.gamma  # (B, T), so imagination needs no other discount
+    discount = (~batch["is_terminal"]).float() * args.gamma  # (B, T), so that imagination needs no other discount
     losses = {
         "recon": sum(recon_loss(recon[key], obs[key]) for key in recon),
         "reward": agent.twohot.loss(reward, batch["reward"]),
@@ -228,8 +227,8 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
 
 
 def recon_loss(recon: Tensor, target: Tensor) -> Tensor:
-    """Loss of one observation key, summed over all its numbers: -> (B, T). Squared error for images, uint8 against
-    [0, 1], and for vectors in symlog space; cross-entropy for discrete keys, where recon has one axis more, the logits.
+    """Loss of one observation key, summed over all its numbers: -> (B, T). Squared error for images,
+    whose targets are divided by 255, and for vectors in symlog space; cross-entropy for discrete keys, given logits.
     """
     if recon.ndim > target.ndim:
         loss = F.cross_entropy(recon.flatten(0, -2), target.flatten().long(), reduction="none").view(target.shape)
@@ -244,8 +243,8 @@ def kl_losses(post_logits: Tensor, prior_logits: Tensor, args: Args) -> tuple[di
     post, prior = OneHot(post_logits, args.unimix), OneHot(prior_logits, args.unimix)
     fixed_post, fixed_prior = OneHot(post_logits.detach(), args.unimix), OneHot(prior_logits.detach(), args.unimix)
     losses = {
-        "dyn": fixed_post.kl(prior).sum(-1).clamp(min=args.free_nats),  # trains the prior alone
-        "rep": post.kl(fixed_prior).sum(-1).clamp(min=args.free_nats),  # trains the posterior alone
+        "dyn": fixed_post.kl(prior).sum(-1).clamp(min=args.free_nats),  # no gradient into the posterior's logits
+        "rep": post.kl(fixed_prior).sum(-1).clamp(min=args.free_nats),  # no gradient into the prior's logits
     }
     entropies = {"prior": fixed_prior.entropy(), "posterior": fixed_post.entropy()}  # (B, T, S) each
     return losses, {f"world_model/{name}_entropy": x.sum(-1).mean() for name, x in entropies.items()}
@@ -255,22 +254,22 @@ def kl_losses(post_logits: Tensor, prior_logits: Tensor, args: Args) -> tuple[di
 @torch.no_grad()
 def imagine(agent: Agent, deter: Tensor, stoch: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
     """Roll the model forward with the actor: states (N, D), (N, S, K) -> feat (N, H+1, F), action (N, H+1, A), without
-    gradient; action[:, h] is the one taken in state h."""
+    gradient; action[:, h] is the one taken in state h, the last one is not used."""
     u = torch.rand(horizon, *stoch.shape[:2], device=stoch.device)  # (H, N, S)
-    noise = agent.actor.noise(horizon + 1, len(deter))
+    noise = agent.actor.noise(horizon + 1, len(deter))  # (H+1, N, …), samples actions
     feats = [get_feat(deter, stoch)]
     actions = [agent.actor(feats[0]).sample(noise[0])]
     for h in range(horizon):
         deter, stoch, feat, action = imagine_step(agent, deter, stoch, actions[-1], u[h], noise[h + 1])
         feats.append(feat)
         actions.append(action)
-    torch.clear_autocast_cache()  # some releases give the actor's loss its weights as cast here, without gradient
+    torch.clear_autocast_cache()  # else some releases reuse these gradient-free casts in the actor's loss
     return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
 def imagine_step(agent: Agent, deter: Tensor, stoch: Tensor, action: Tensor, u: Tensor, noise: Tensor):
     """State (N, D), (N, S, K) and action (N, A) -> deter, stoch, feat (N, F) and action (N, A) of the next step.
-    Noise is passed in, here and elsewhere, so that compiled and plain functions use the same numbers."""
+    Noise is passed in so that compiled and plain functions use the same numbers."""
     deter, stoch = agent.rssm.imagine_step(deter, stoch, action, u)
     feat = get_feat(deter, stoch)
     return deter, stoch, feat, agent.actor(feat).sample(noise)
@@ -280,14 +279,14 @@ def imagine_step(agent: Agent, deter: Tensor, stoch: Tensor, action: Tensor, u: 
 def lambda_return(last: Tensor, term: Tensor, reward: Tensor, boot: Tensor, disc: float = 1, lam: float = 0.95):
     """Lambda-returns of trajectories of length L: all arguments (N, L) -> (N, L-1).
 
-    R[t] = reward[t+1] + live[t+1] * ((1 - cont[t+1]) * boot[t+1] + cont[t+1] * R[t+1]), R[L-1] = boot[L-1], where
-    live = (1 - term) * disc ends the return at terminations, cont = (1 - last) * lam bootstraps at any episode end.
+    R[t] = reward[t+1] + live[t+1] * ((1 - trace[t+1]) * boot[t+1] + trace[t+1] * R[t+1]), R[L-1] = boot[L-1], where
+    live = (1 - term) * disc ends the return at terminations, trace = (1 - last) * lam bootstraps at any episode end.
     """
     live = (1 - term.float()) * disc
-    cont = (1 - last.float()) * lam
+    trace = (1 - last.float()) * lam
     returns = [boot[:, -1]]
     for t in reversed(range(reward.shape[1] - 1)):
-        future = (1 - cont[:, t + 1]) * boot[:, t + 1] + cont[:, t + 1] * returns[-1]
+        future = (1 - trace[:, t + 1]) * boot[:, t + 1] + trace[:, t + 1] * returns[-1]
         returns.append(reward[:, t + 1] + live[:, t + 1] * future)
     return torch.stack(returns[:0:-1], 1)
 
@@ -304,7 +303,7 @@ class ReturnNorm(nn.Module):
     @torch.no_grad()
     def update(self, returns: Tensor) -> None:
         """Move towards the percentiles of returns (any shape), interpolated between neighbors."""
-        ordered = returns.flatten().sort().values  # (n,); torch.quantile compares on the host in torch 2.6
+        ordered = returns.flatten().sort().values  # (n,); torch.quantile waits for the device in torch 2.6
         for running, q in ((self.lo, 0.05), (self.hi, 0.95)):
             rank = q * (len(ordered) - 1)
             percentile = ordered[int(rank)].lerp(ordered[math.ceil(rank)], rank % 1)  # ()
@@ -312,22 +311,23 @@ class ReturnNorm(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """S = max(1, hi - lo), a scalar."""
+        """max(1, hi - lo), a scalar."""
         return (self.hi - self.lo).clamp(min=1)
 
 
 # === 6. Actor and critic losses (paper: "Critic learning", "Actor learning") ==========================================
 def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args) -> tuple[dict[str, Tensor], Tensor, dict]:
     """Losses on imagined trajectories feat (N, H+1, F), action (N, H+1, A), neither with gradient: -> the losses (N,),
-    the lambda-returns R (N, H), and metrics."""
+    the lambda-returns R (N, H), and metrics. Updates the return range."""
     with torch.no_grad():
         reward = agent.twohot.mean(agent.reward(feat))  # (N, H+1)
         cont = agent.cont(feat).squeeze(-1).float().sigmoid()  # (N, H+1), the discount is in it
         slow_value = agent.twohot.mean(agent.slow_critic(feat))  # (N, H+1)
     value_logits = agent.critic(feat)  # (N, H+1, V)
     value = agent.twohot.mean(value_logits.detach())  # (N, H+1)
-    weight = cont.cumprod(1)[:, :-1]  # (N, H) probability that the episode is still running
-    returns = lambda_return(torch.zeros_like(cont), 1 - cont, reward, value, 1.0, args.return_lambda)  # (N, H)
+    weight = cont.cumprod(1)[:, :-1]  # (N, H) discounted probability that the episode goes on after it
+    last = torch.zeros_like(cont)  # imagined episodes end only by termination
+    returns = lambda_return(last=last, term=1 - cont, reward=reward, boot=value, lam=args.return_lambda)  # (N, H)
 
     agent.return_norm.update(returns)
     advantage = (returns - value[:, :-1]) / agent.return_norm.scale  # (N, H)
@@ -366,7 +366,7 @@ class LaProp(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float, warmup: int = 1000, clip: float = 0.3, betas=(0.9, 0.999), eps=1e-20):
         options = {"lr": lr, "warmup": warmup, "clip": clip, "betas": betas, "eps": eps}
-        super().__init__(params, options | {"capturable": True})  # by which torch restores `step` on the device, too
+        super().__init__(params, options | {"capturable": True})  # so that load_state_dict keeps `step` on the device
         for p in self.param_groups[0]["params"]:
             zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
             self.state[p] = {"step": torch.zeros((), device=p.device), "mean": zeros, "square": zeros.clone()}
@@ -405,16 +405,16 @@ class LaProp(torch.optim.Optimizer):
 # === 8. One update, and the loop ======================================================================================
 def loss(agent: Agent, batch: dict, args: Args) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
     """The sum of all losses on one batch, shaped as for world_model_loss: -> total (), the posterior latents deter
-    (B, T, D) and stoch (B, T, S, K), and metrics, both detached."""
+    (B, T, D) and stoch (B, T, S, K), and metrics; latents and metrics are detached."""
     half = args.precision == "bfloat16"
     with torch.autocast(batch["reward"].device.type, torch.bfloat16) if half else nullcontext():
         losses, deter, stoch, outputs = world_model_loss(agent, batch, args)
-        # imagination starts from all B*T posterior states, detached: behavior learning does not shape the world model
+        # imagination starts from all B*T posterior states, detached: losses on imagined states do not train the model
         starts = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)  # (N, D), (N, S, K)
         feat, action = imagine(agent, *starts, args.imagination_horizon)  # (N, H+1, F), (N, H+1, A)
         behavior_losses, returns, metrics = actor_critic_loss(agent, feat, action, args)
         boot = returns[:, 0].unflatten(0, deter.shape[:2])  # (B, T)
-        # of the behavior losses, only this one sends a gradient into the world model, through the features
+        # this loss, on replayed states, does send a gradient into the world model, through the features
         replay_critic = replay_critic_loss(agent, outputs["feat"], batch, boot, args)  # (B, T-1)
     losses |= behavior_losses | {"replay_critic": replay_critic}
     losses = {name: value.mean() for name, value in losses.items()}
@@ -438,15 +438,15 @@ def train_step(agent: Agent, optimizer: LaProp, batch: dict, args: Args) -> tupl
 
 def main(argv: list[str] | None = None) -> None:
     """Train: act, store, step, update, log, save, evaluate. With --eval-only, only evaluate. Always exits."""
-    rank, world = join_ranks()  # 0 and 1, but under torchrun
+    rank, world = join_ranks()  # 0 and 1 unless under torchrun
     args, resumed = parse_args(argv)  # resumed: the checkpoint of --resume, or {}
-    device = choose_device(args)
+    device = choose_device(args)  # and resolves the flags that are "auto"
     begun = max_over_ranks(int(time.time()))  # the clocks may differ
     folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{begun}")
     folder = folder.parent if folder.is_file() else folder
     videos = Path("videos", folder.name) if args.capture_video and not rank else None
     if args.eval_only:
-        with one_line(args.env_id, Exception, abort=lambda: "failed"):
+        with one_line(args.env_id, Exception, abort=lambda: "failed"):  # says in one line what went wrong inside
             agent, _ = load_agent(args.resume, device)
             evaluate(agent, args, args.eval_episodes, args.seed, videos and videos / "eval-only")
         sys.exit()
@@ -461,7 +461,7 @@ def main(argv: list[str] | None = None) -> None:
     agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
     optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
     parts = {"agent": agent, "optimizer": optimizer, "replay": replay}
-    global_step, updates, owed, first_update = resume_run(args, resumed, parts, rank, num_envs, update_steps)
+    global_step, updates, owed, train_after = resume_run(args, resumed, parts, rank, num_envs, update_steps)
     print(f"environment: {args.env_id}, {specs} -> {action_spec}")
     print(f"size: {args.size}, {sum(p.numel() for p in agent.trained()):,} trained parameters")
     print(f"schedule: 1 update every {update_steps:g} agent steps, after the first {args.learning_starts:,}")
@@ -508,31 +508,31 @@ def main(argv: list[str] | None = None) -> None:
         is_last = terminated | truncated
         step = {f"obs/{key}": x for key, x in obs.items()} | {"action": action, "reward": reward}
         step |= {"is_first": is_first, "is_last": is_last, "is_terminal": terminated}
-        replay.add(step | stored_latents(*state[:2]))
+        replay.add(step | stored_latents(*state[:2]))  # as NumPy arrays
         global_step += num_envs
 
-        # the environments' turn; after a last step they ignore the action and reset
+        # step the environments; after a last step they ignore the action and reset
         with one_line(args.env_id, Exception, abort=abort):
             obs, reward, terminated, truncated, infos = envs.step(action)
         is_first = is_last
 
-        # train what is owed
+        # make the updates that are due: `owed` counts them, once `train_after` steps are taken
         started = time.time()
-        if global_step > first_update:
+        if global_step > train_after:
             owed += num_envs / update_steps
         while owed >= 1 and not stop.now():
             batch, index = replay.sample(args.batch_size)
-            batch = batch_to_device(batch, agent, device)
-            latents, metrics = compiled(update, batch) if to_compile else update(batch)
+            batch = batch_to_device(batch, agent, device)  # obs/key -> obs[key], one-hot prev_action and stoch
+            latents, metrics = compiled(update, batch) if to_compile else update(batch)  # compiles in place, at first
             to_compile = False
             replay.update_latents(index, **stored_latents(*latents))
             updates, owed = updates + 1, owed - 1
             log.update(metrics)
             if args.video_frequency and updates % args.video_frequency == 0 and not rank:
-                with suppress(OSError):  # a full disk costs the dream, not the run
+                with suppress(OSError):  # a full disk is no reason to stop
                     write_dream(agent, batch, folder, log.writer, global_step, updates)
             if owed > 1 + num_envs / update_steps and updates % 500 == 0:
-                save()  # catching up after a kill takes long: another kill must not undo it
+                save()  # catching up after a kill takes long
                 log.step(global_step, updates, {})
         log.updating += time.time() - started
 
@@ -547,7 +547,7 @@ def main(argv: list[str] | None = None) -> None:
             log.record(global_step, {"eval/episodic_return": np.mean(returns)})
 
     saved = save()
-    with suppress(Exception):  # nothing is lost with them any more
+    with suppress(Exception):  # everything is saved
         envs.close()
     log.bar.close()
     log.writer.close()
@@ -555,7 +555,7 @@ def main(argv: list[str] | None = None) -> None:
         import_module("wandb").save(f"{videos}/*/*.mp4", policy="now")
     if stop.code:
         print(f"stopped at step {global_step:,}; continue with: python dreamerv3.py --resume {folder}")
-    sys.exit(stop.code or int(not saved))  # wandb wants no bool
+    sys.exit(stop.code or int(not saved))  # an int: wandb does not take a bool
 
 
 # ############### Nothing below is needed to understand the algorithm: it is what a program needs besides. #############
