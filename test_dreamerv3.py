@@ -488,6 +488,11 @@ def test_replay_goes_on_from_its_files(windows, tmp_path):
     for _ in range(20):
         (a, _), (b, _) = kept.sample(6), again.sample(6)
         assert all(np.array_equal(a[k], b[k]) for k in a)
+    state = kept.state_dict() | {"online": {0: 1}}
+    fill(kept, 9, [5, 13])
+    again = Replay(60, 2, FIELDS, 8, windows, folder=tmp_path)
+    again.load_state_dict(state)
+    assert not again.online  # that of the state is of another moment
     with pytest.raises(ValueError, match="this run needs"):
         Replay(80, 2, FIELDS, 8, windows, folder=tmp_path)
     size = os.path.getsize(tmp_path / "reward.npy")
