@@ -1089,7 +1089,8 @@ def test_the_snippets_of_the_readme_run(program, capsys, tmp_path):
 def test_results_are_logs_of_the_program_and_draw_the_figures_of_the_readme(tmp_path):
     logs = list((ROOT / "results").glob("*.csv"))
     assert all(path.read_text().startswith("global_step,frames,return,length,seconds\n") for path in logs)
-    [shutil.copy(path, tmp_path) for path in logs]
+    for path in logs:
+        shutil.copy(path, tmp_path)
     runpy.run_path(str(ROOT / "results" / "plot.py"))["draw"](tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} >= set(re.findall(r"results/(\w+\.png)", README)) != set()
 
