@@ -46,6 +46,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial, reduce
 from importlib import import_module
+from itertools import count
 from operator import getitem
 from pathlib import Path
 from typing import Literal
@@ -118,7 +119,7 @@ class Args:
     cudagraphs: bool = True  # on CUDA, launch the policy and the update as one graph each; not under torchrun
     # Replay
     buffer_size: int = 1_000_000  # steps kept per training process; never more than its share of total_timesteps
-    replay_windows: Literal["episode", "stream"] = "episode"  # repeat one episode, or cross episodes (official)
+    replay_windows: Literal["episode", "stream"] = "episode"  # sequences repeat one episode, or cross them (official)
     persist_replay: bool = True  # keep the replay buffer in memory-mapped files of the run folder, for --resume
     # Logging
     log_frequency: int = 100  # agent steps between two records of losses in TensorBoard
@@ -131,7 +132,7 @@ class Args:
     eval_frequency: int = 0  # agent steps between two evaluations during training; 0 means never
 
 
-# all widths follow from D; there are always 32 groups, so that 50m has a 32 x 32 stochastic state
+# all widths follow from D; z always has S = 32 groups, of K = D / 128 classes
 DETER = {"1m": 512, "12m": 2048, "25m": 3072, "50m": 4096, "100m": 6144, "200m": 8192, "400m": 12288}
 SIZES = {name: Size(d, hidden=d // 8, units=d // 8, classes=d // 128, depth=d // 128) for name, d in DETER.items()}
 
@@ -184,7 +185,7 @@ def decode_action(action: Tensor, spec: ActionSpec) -> Tensor:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # small batches, float32: not worth another compilation
+@torch.compiler.set_stance("force_eager")  # never compiled: its batches are small
 def policy(agent: Agent, obs: dict[str, Tensor], state: tuple, is_first: Tensor) -> tuple[Tensor, tuple]:
     """Act in N environments: obs key -> (N, …), is_first (N,) bool, state (deter, stoch, action) of the step before.
 
@@ -203,12 +204,13 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
 
     batch: obs key -> (B, T, …), prev_action (B, T, A), reward and flags (B, T), deter (B, D) and stoch (B, S, K) of
     the step before the first. Returns losses, each (B, T), the posterior deter (B, T, D) and stoch (B, T, S, K) with
-    gradient, and further outputs: features, embedding, logits, reconstructions, entropies.
+    gradient, and further outputs: the features, entropies, and what the tests compare with the official numbers.
     """
-    obs, before = batch["obs"], (batch["deter"], batch["stoch"], batch["prev_action"])
+    obs, start = batch["obs"], (batch["deter"], batch["stoch"])
     embed = agent.encoder(obs)  # (B, T, E)
-    deter, stoch, post = agent.rssm.observe(*before, embed, batch["is_first"])  # (B, T, D), (B, T, S, K), logits alike
-    prior = agent.rssm.logits(agent.rssm.prior, deter)  # (B, T, S, K), what the prior network predicts
+    # h: (B, T, D), z: (B, T, S, K), and the logits of the posterior (B, T, S, K) that z is a sample of
+    deter, stoch, post = agent.rssm.observe(*start, batch["prev_action"], embed, batch["is_first"])
+    prior = agent.rssm.prior(deter).float()  # (B, T, S, K), logits of the prior: a prediction of z from h alone
     feat = get_feat(deter, stoch)  # (B, T, F)
     reward = agent.reward(feat)  # (B, T, V)
     cont = agent.cont(feat).squeeze(-1).float()  # (B, T)
@@ -228,13 +230,13 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
 
 def recon_loss(recon: Tensor, target: Tensor) -> Tensor:
     """Loss of one observation key, summed over all its numbers: -> (B, T). Squared error for images,
-    whose targets are divided by 255, and for vectors in symlog space; cross-entropy for discrete keys, given logits.
+    which the decoder predicts in [0, 1], and for vectors in symlog space; cross-entropy for discrete keys.
     """
-    if recon.ndim > target.ndim:
-        loss = F.cross_entropy(recon.flatten(0, -2), target.flatten().long(), reduction="none").view(target.shape)
+    if recon.ndim > target.ndim:  # logits of a discrete key
+        error = F.cross_entropy(recon.flatten(0, -2), target.flatten().long(), reduction="none").view(target.shape)
     else:
-        loss = (recon - (target.float() / 255 if target.dtype == torch.uint8 else symlog(target))).square()
-    return loss.flatten(2).sum(-1) if loss.ndim > 2 else loss
+        error = (recon - (target.float() / 255 if target.dtype == torch.uint8 else symlog(target))).square()
+    return error.flatten(2).sum(-1) if error.ndim > 2 else error
 
 
 def kl_losses(post_logits: Tensor, prior_logits: Tensor, args: Args) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -256,7 +258,7 @@ def imagine(agent: Agent, deter: Tensor, stoch: Tensor, horizon: int) -> tuple[T
     """Roll the model forward with the actor: states (N, D), (N, S, K) -> feat (N, H+1, F), action (N, H+1, A), without
     gradient; action[:, h] is the one taken in state h, the last one is not used."""
     u = torch.rand(horizon, *stoch.shape[:2], device=stoch.device)  # (H, N, S)
-    noise = agent.actor.noise(horizon + 1, len(deter))  # (H+1, N, …), samples actions
+    noise = agent.actor.noise(horizon + 1, len(deter))  # (H+1, N, components or A), samples actions
     feats = [get_feat(deter, stoch)]
     actions = [agent.actor(feats[0]).sample(noise[0])]
     for h in range(horizon):
@@ -288,7 +290,7 @@ def lambda_return(last: Tensor, term: Tensor, reward: Tensor, boot: Tensor, disc
     for t in reversed(range(reward.shape[1] - 1)):
         future = (1 - trace[:, t + 1]) * boot[:, t + 1] + trace[:, t + 1] * returns[-1]
         returns.append(reward[:, t + 1] + live[:, t + 1] * future)
-    return torch.stack(returns[:0:-1], 1)
+    return torch.stack(returns[:0:-1], 1)  # in the order of time, without R[L-1]
 
 
 class ReturnNorm(nn.Module):
@@ -324,8 +326,8 @@ def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args) ->
         cont = agent.cont(feat).squeeze(-1).float().sigmoid()  # (N, H+1), the discount is in it
         slow_value = agent.twohot.mean(agent.slow_critic(feat))  # (N, H+1)
     value_logits = agent.critic(feat)  # (N, H+1, V)
-    value = agent.twohot.mean(value_logits.detach())  # (N, H+1)
-    weight = cont.cumprod(1)[:, :-1]  # (N, H) discounted probability that the episode goes on after it
+    value = agent.twohot.mean(value_logits.detach())  # (N, H+1), bootstraps returns; the slow critic only regularizes
+    weight = cont.cumprod(1)[:, :-1]  # (N, H), cont[0] * … * cont[h]: the discounted probability to get past state h
     last = torch.zeros_like(cont)  # imagined episodes end only by termination
     returns = lambda_return(last=last, term=1 - cont, reward=reward, boot=value, lam=args.return_lambda)  # (N, H)
 
@@ -351,14 +353,14 @@ def replay_critic_loss(agent: Agent, feat: Tensor, batch: dict, boot: Tensor, ar
     ends = batch["is_last"], batch["is_terminal"]
     returns = lambda_return(*ends, batch["reward"], boot, args.gamma, args.return_lambda)  # (B, T-1)
     value_logits = agent.critic(feat)  # (B, T-1, V)
-    loss = agent.twohot.loss(value_logits, returns)
-    loss = loss + args.slow_critic_scale * agent.twohot.loss(value_logits, slow_value)
-    return (~batch["is_last"][:, :-1]).float() * loss  # a last step has no successor in its episode
+    critic_loss = agent.twohot.loss(value_logits, returns)
+    critic_loss = critic_loss + args.slow_critic_scale * agent.twohot.loss(value_logits, slow_value)
+    return (~batch["is_last"][:, :-1]).float() * critic_loss  # a last step has no successor in its episode
 
 
 # === 7. Optimizer: LaProp with adaptive gradient clipping =============================================================
 class LaProp(torch.optim.Optimizer):
-    """LaProp (Ziyin et al., 2020): RMSProp-normalized gradients, then momentum; after per-tensor adaptive clipping.
+    """LaProp (Ziyin et al., 2020): per-tensor adaptive clipping, then RMSProp's normalization, then momentum.
 
     lr rises linearly from 0 at the first update over `warmup` updates. clip: a gradient's norm is limited to clip times
     the norm of its tensor (that norm being at least 1e-3). All state lives on the parameters' device; no host sync.
@@ -381,7 +383,7 @@ class LaProp(torch.optim.Optimizer):
         done = steps[0].clone()  # updates before this one
         torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]
-        rate = group["lr"] * (done / max(1, group["warmup"])).clamp(max=1)
+        rate = group["lr"] * (done / max(1, group["warmup"])).clamp(max=1)  # 0 at the first update
 
         grad_norms, norms = torch.stack(torch._foreach_norm(grads)), torch.stack(torch._foreach_norm(params))
         limit = (group["clip"] * norms.clamp(min=1e-3) / grad_norms).clamp(max=1)  # (tensors,)
@@ -440,18 +442,18 @@ def main(argv: list[str] | None = None) -> None:
     """Train: act, store, step, update, log, save, evaluate. With --eval-only, only evaluate. Always exits."""
     rank, world = join_ranks()  # 0 and 1 unless under torchrun
     args, resumed = parse_args(argv)  # resumed: the checkpoint of --resume, or {}
-    device = choose_device(args)  # and resolves the flags that are "auto"
+    device = choose_device(args)  # also resolves the flags that are "auto" and sets all seeds
     begun = max_over_ranks(int(time.time()))  # the clocks may differ
     folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{begun}")
     folder = folder.parent if folder.is_file() else folder
     videos = Path("videos", folder.name) if args.capture_video and not rank else None
     if args.eval_only:
-        with one_line(args.env_id, Exception, abort=lambda: "failed"):  # says in one line what went wrong inside
+        with exit_on_error(args.env_id, Exception, abort=lambda: "failed"):  # one line, exit status 2
             agent, _ = load_agent(args.resume, device)
             evaluate(agent, args, args.eval_episodes, args.seed, videos and videos / "eval-only")
         sys.exit()
-    num_envs = args.num_envs * world  # all counters count the environments of all processes
-    update_steps = args.batch_size * args.batch_length * world / args.train_ratio  # agent steps per update
+    all_envs = args.num_envs * world  # of all processes: their steps are counted together
+    steps_per_update = args.batch_size * args.batch_length * world / args.train_ratio  # agent steps per update
 
     envs = make_envs(args, videos and videos / f"train-{resumed.get('global_step', 0)}")
     specs, action_spec, repeat = (envs.get_attr(name)[0] for name in ("specs", "action_spec", "repeat"))
@@ -461,10 +463,10 @@ def main(argv: list[str] | None = None) -> None:
     agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
     optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
     parts = {"agent": agent, "optimizer": optimizer, "replay": replay}
-    global_step, updates, owed, train_after = resume_run(args, resumed, parts, rank, num_envs, update_steps)
+    global_step, updates, owed, train_after = resume_run(args, resumed, parts, rank, all_envs, steps_per_update)
     print(f"environment: {args.env_id}, {specs} -> {action_spec}")
     print(f"size: {args.size}, {sum(p.numel() for p in agent.trained()):,} trained parameters")
-    print(f"schedule: 1 update every {update_steps:g} agent steps, after the first {args.learning_starts:,}")
+    print(f"schedule: 1 update every {steps_per_update:g} agent steps, after the first {args.learning_starts:,}")
     print(f"run folder: {folder}", flush=True)
     seed = args.seed + 1000 * rank + global_step  # of the environments, and of the noise of other ranks
     if world > 1:
@@ -474,12 +476,13 @@ def main(argv: list[str] | None = None) -> None:
     act, update = partial(policy, agent), partial(train_step, agent, optimizer, args=args)
     if args.cudagraphs and device.type == "cuda" and world == 1:
         act, update = Graph(act), Graph(update)
-    to_compile, stop = args.compile, Stop()
-    log = Log(folder, args, rank, num_envs, repeat, global_step, updates, resumed.get("seconds", 0.0))
+    update = compiled(update) if args.compile else update
+    stop = Stop()  # from here on, Ctrl-C and SIGTERM end the run after the current step
+    log = Log(folder, args, rank, all_envs, repeat, global_step, updates, resumed.get("seconds", 0.0))
 
     def save() -> bool:
         """Write a checkpoint; says whether that worked."""
-        log.means(global_step)  # exits when a loss is not finite: such a network never replaces a good checkpoint
+        log.means(global_step)  # for its check: with a loss that is not finite, no checkpoint is written
         counters = {"global_step": global_step, "updates": updates, "owed": owed, "seconds": time.time() - log.begin}
         return rank > 0 or save_run(folder, args, agent, optimizer, replay, counters)
 
@@ -492,9 +495,9 @@ def main(argv: list[str] | None = None) -> None:
         return f"failed at step {global_step}, {'saved' if save() else 'could not save'} {folder}"
 
     def due(frequency: int) -> bool:
-        return frequency > 0 and global_step % frequency < num_envs
+        return frequency > 0 and global_step % frequency < all_envs
 
-    with one_line(args.env_id, Exception, abort=abort):
+    with exit_on_error(args.env_id, Exception, abort=abort):
         obs, _ = envs.reset(seed=seed)
     reward = np.zeros(args.num_envs, np.float32)
     terminated = truncated = np.zeros(args.num_envs, bool)
@@ -504,44 +507,43 @@ def main(argv: list[str] | None = None) -> None:
         # act on what arrived, and store it with the action and the latent state
         tensors = {key: torch.as_tensor(x).to(device) for key, x in obs.items()}
         action, state = act(tensors, state, torch.as_tensor(is_first).to(device))
-        action = decode_action(action, action_spec).cpu().numpy()  # (num_envs, components)
+        action = decode_action(action, action_spec).cpu().numpy()  # (args.num_envs, components)
         is_last = terminated | truncated
         step = {f"obs/{key}": x for key, x in obs.items()} | {"action": action, "reward": reward}
         step |= {"is_first": is_first, "is_last": is_last, "is_terminal": terminated}
-        replay.add(step | stored_latents(*state[:2]))  # as NumPy arrays
-        global_step += num_envs
+        replay.add(step | stored_latents(*state[:2]))  # as float16 and class indices
+        global_step += all_envs
 
         # step the environments; after a last step they ignore the action and reset
-        with one_line(args.env_id, Exception, abort=abort):
+        with exit_on_error(args.env_id, Exception, abort=abort):
             obs, reward, terminated, truncated, infos = envs.step(action)
         is_first = is_last
 
-        # make the updates that are due: `owed` counts them, once `train_after` steps are taken
+        # make the updates that are due: `owed` counts them, from step `train_after` (--learning-starts) on
         started = time.time()
         if global_step > train_after:
-            owed += num_envs / update_steps
+            owed += all_envs / steps_per_update
         while owed >= 1 and not stop.now():
             batch, index = replay.sample(args.batch_size)
             batch = batch_to_device(batch, agent, device)  # obs/key -> obs[key], one-hot prev_action and stoch
-            latents, metrics = compiled(update, batch) if to_compile else update(batch)  # compiles in place, at first
-            to_compile = False
+            latents, metrics = update(batch)
             replay.update_latents(index, **stored_latents(*latents))
             updates, owed = updates + 1, owed - 1
             log.update(metrics)
             if args.video_frequency and updates % args.video_frequency == 0 and not rank:
                 with suppress(OSError):  # a full disk is no reason to stop
                     write_dream(agent, batch, folder, log.writer, global_step, updates)
-            if owed > 1 + num_envs / update_steps and updates % 500 == 0:
-                save()  # catching up after a kill takes long
+            if owed > 1 + all_envs / steps_per_update and updates % 500 == 0:  # many are owed, after a kill
+                save()
                 log.step(global_step, updates, {})
         log.updating += time.time() - started
 
         # log, save, evaluate
         log.step(global_step, updates, infos)
-        if due(args.checkpoint_frequency) or due(args.eval_frequency):
+        if due(args.checkpoint_frequency) or due(args.eval_frequency):  # an evaluation may fail: save before it
             save()
         if due(args.eval_frequency) and not rank:
-            with one_line(args.env_id, Exception, abort=abort):
+            with exit_on_error(args.env_id, Exception, abort=abort):
                 to = videos and videos / f"eval-{global_step}"
                 returns = evaluate(agent, args, args.eval_episodes, args.seed + global_step, to)
             log.record(global_step, {"eval/episodic_return": np.mean(returns)})
@@ -559,9 +561,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 # ############### Nothing below is needed to understand the algorithm: it is what a program needs besides. #############
-
 # === 9. Environments ==================================================================================================
-
 PACKAGES = {  # id prefix -> the module that registers these ids, how to install it
     "ALE/": ("ale_py", 'pip install "gymnasium[atari,other]"'),
     "dm_control/": ("shimmy", 'pip install "shimmy[dm-control]" imageio "mujoco<4"'),
@@ -707,7 +707,7 @@ def fail(message: str) -> None:
 
 
 @contextmanager
-def one_line(what: str, *kinds: type[Exception], abort=None):
+def exit_on_error(what: str, *kinds: type[Exception], abort=None):
     """Errors of these kinds inside become one line that begins with `what`, and exit status 2. With abort, those of an
     environment: it is called first and says what was done, and the traceback is printed."""
     try:
@@ -827,7 +827,7 @@ def make_replay(args: Args, specs: dict, action: ActionSpec, folder: Path, resum
     print(f"replay: {capacity:,} steps take {capacity * Replay.bytes_per_step(layout) / 1e9:.2f} GB")
     where, seed = folder / f"replay{rank or ''}" if args.persist_replay else None, args.seed + 1000 * rank
     wrong = f"cannot read the replay buffer {where}" if resumed else "cannot write the run folder (--buffer-size)"
-    with one_line(wrong, OSError, ValueError, EOFError, MemoryError):
+    with exit_on_error(wrong, OSError, ValueError, EOFError, MemoryError):
         folder.mkdir(parents=True, exist_ok=bool(resumed) or dist.is_initialized())
         return Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, seed, where)
 
@@ -907,7 +907,7 @@ def track(args: Args, name: str) -> None:
     """Send what TensorBoard gets, and the three source files, to Weights & Biases; a resumed run goes on there."""
     settings = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "config": vars(args)}
     settings |= {"name": name, "id": re.sub("[:;,#?/']", "-", name), "resume": "allow"}
-    with one_line("--track cannot start (pip install wandb, wandb login)", Exception):
+    with exit_on_error("--track cannot start (pip install wandb, wandb login)", Exception):
         wandb = import_module("wandb")
         wandb.init(**settings, sync_tensorboard=True, save_code=True)  # monitor_gym fails with Gymnasium 1.x
         for file in ("dreamerv3.py", "networks.py", "replay.py"):
@@ -915,7 +915,6 @@ def track(args: Args, name: str) -> None:
 
 
 # === 11. Checkpoints, evaluation, dreams, compilation, several processes ==============================================
-
 CHECKPOINT = "agent optimizer replay capacity torch_rng cuda_rng seconds global_step updates owed".split()
 
 
@@ -962,7 +961,7 @@ def load_checkpoint(path: Path, keys: list[str] = CHECKPOINT) -> tuple[Args, dic
     return fail(f"--resume {path} holds no good checkpoint of a run: {', '.join(problems) or 'there is none'}")
 
 
-def resume_run(args: Args, state: dict, parts: dict, rank: int, num_envs: int, update_steps: float) -> tuple:
+def resume_run(args: Args, state: dict, parts: dict, rank: int, num_envs: int, steps_per_update: float) -> tuple:
     """Load a checkpoint, if there is one, into agent, optimizer and replay (parts), and set the random state: ->
     global_step, updates, updates owed, and the step after which updates begin."""
     replay = parts.pop("replay") if rank else parts["replay"]  # other ranks keep their own random stream
@@ -970,14 +969,14 @@ def resume_run(args: Args, state: dict, parts: dict, rank: int, num_envs: int, u
     stored = -max_over_ranks(-replay.now) * num_envs  # by all ranks
     missing = max(0, args.learning_starts - stored)
     if state:
-        with one_line("--resume names a run of other spaces or another size", KeyError, RuntimeError, ValueError):
+        with exit_on_error("--resume names a run of other spaces or another size", KeyError, RuntimeError, ValueError):
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         torch.set_rng_state(state["torch_rng"])
         if parts["agent"].return_norm.lo.is_cuda:
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
-            owed += max(0, stored - max(global_step, args.learning_starts)) / update_steps
+            owed += max(0, stored - max(global_step, args.learning_starts)) / steps_per_update
             global_step = stored
         refill = f": TOO FEW, collecting {missing:,} before the next update" if missing else ""
         done = f"step {global_step:,} after {updates:,} updates, {int(owed):,} owed"
@@ -1031,7 +1030,7 @@ def open_loop(agent: Agent, batch: dict, context: int = 5) -> dict[str, Tensor]:
     for t in range(is_first.shape[1]):
         deter, stoch, _ = agent.rssm.observe_step(deter, stoch, action[:, t], embed[:, t], is_first[:, t], u[t])
         if t >= context:
-            stoch = OneHot(agent.rssm.logits(agent.rssm.prior, deter), agent.rssm.unimix).sample(u[t])
+            stoch = OneHot(agent.rssm.prior(deter).float(), agent.rssm.unimix).sample(u[t])
         states.append((deter, stoch))
     out = agent.decoder(*(torch.stack(x, 1) for x in zip(*states, strict=True)))
     for key, x in out.items():
@@ -1084,23 +1083,29 @@ COMPILED = [(networks.RSSM, "observe_step"), (networks.RMSNorm, "channels"), (ne
 COMPILED += [(sys.modules[__name__], x) for x in ("kl_losses", "recon_loss", "imagine_step", "actor_critic_loss")]
 
 
-def compiled(update, batch: dict):
-    """Make the first update, with the functions compiled that updates spend their time in; in eager mode where that
-    fails. torch's default mode is right on CUDA too: others make graphs of functions, `Graph` one of the update."""
-    plain, start = [(owner, name, getattr(owner, name)) for owner, name in COMPILED], time.time()
+def compiled(update):
+    """`update`, the first call of which compiles the functions that take most of its time, or falls back to eager mode.
+    torch's default mode is right on CUDA too: others make graphs of functions, `Graph` makes one of the update."""
     torch._dynamo.config.cache_size_limit = 64  # shapes per function; beyond the limit it would be eager silently
-    print("compiling the functions that take most of an update's time, a minute or two the first time", flush=True)
-    try:
-        for owner, name, function in plain:
-            setattr(owner, name, torch.compile(function, dynamic=False))
-        out = update(batch)
-        print(f"compiled in {time.time() - start:.0f} s", flush=True)
-        return out
-    except Exception as error:  # compilers fail in many ways
-        for owner, name, function in plain:
-            setattr(owner, name, function)
-        print(f"cannot compile, going on in eager mode: {type(error).__name__}: {str(error)[:200]!r}", flush=True)
-        return update(batch)
+    for owner, name in COMPILED:
+        setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
+    calls = count()
+
+    def call(batch: dict):
+        if next(calls):
+            return update(batch)
+        print("first update: compiling, which takes a minute or two the first time and seconds later", flush=True)
+        start = time.time()
+        try:
+            return update(batch)
+        except Exception as error:  # compilers fail in many ways
+            torch.compiler.set_stance("force_eager")
+            print(f"cannot compile, going on in eager mode: {type(error).__name__}: {str(error)[:200]!r}", flush=True)
+            return update(batch)
+        finally:
+            print(f"first update: done after {time.time() - start:.0f} s", flush=True)
+
+    return call
 
 
 class Graph:
@@ -1137,8 +1142,7 @@ def join_ranks() -> tuple[int, int]:
         fail(f"--nproc-per-node {ranks} is more than the {gpus} GPUs here; CUDA_VISIBLE_DEVICES= hides them")
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    day = timedelta(days=1)  # the others wait while rank 0 evaluates
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=day)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=1))  # for evaluations
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     return dist.get_rank(), dist.get_world_size()

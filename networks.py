@@ -369,8 +369,9 @@ class RSSM(nn.Module):
         self.hid = BlockLinear(deter, deter, size.blocks, shared=3 * hidden)
         self.hid_norm = RMSNorm(deter)
         self.gru = BlockLinear(deter, 3 * deter, size.blocks)
-        self.post = nn.Sequential(dense(deter + embed, hidden), linear(hidden, flat))
-        self.prior = nn.Sequential(dense(deter, hidden), dense(hidden, hidden), linear(hidden, flat))
+        to_groups = nn.Unflatten(-1, (size.groups, size.classes))  # (…, S*K) -> (…, S, K)
+        self.post = nn.Sequential(dense(deter + embed, hidden), linear(hidden, flat), to_groups)
+        self.prior = nn.Sequential(dense(deter, hidden), dense(hidden, hidden), linear(hidden, flat), to_groups)
 
     def initial(self, batch: int) -> tuple[Tensor, Tensor]:
         """Zero state: deter (batch, D), stoch (batch, S, K)."""
@@ -388,22 +389,18 @@ class RSSM(nn.Module):
         update = torch.sigmoid(update - 1)
         return update * cand + (1 - update) * deter
 
-    def logits(self, net: nn.Module, x: Tensor) -> Tensor:
-        """Of the prior (…, D) or the posterior (…, D + E) -> (…, S, K), float32."""
-        return net(x).float().unflatten(-1, (self.size.groups, self.size.classes))
-
     def observe_step(self, deter, stoch, action, embed, is_first, u):
         """One step of filtering. State (N, D), (N, S, K) and action (N, A) of the step before, embed (N, E),
         is_first (N,) bool, noise u (N, S) uniform -> deter, stoch, posterior logits (N, S, K)."""
         keep = ~is_first.unsqueeze(-1)  # an episode starts: state and action of the step before are zeroed
         deter = self.core(deter * keep, stoch * keep.unsqueeze(-1), action * keep)
-        logits = self.logits(self.post, torch.cat([deter, embed], -1))
+        logits = self.post(torch.cat([deter, embed], -1)).float()
         return deter, OneHot(logits, self.unimix).sample(u), logits
 
     def imagine_step(self, deter, stoch, action, u):
         """One step of prediction: state (N, D), (N, S, K), action (N, A), noise u (N, S) -> deter, stoch."""
         deter = self.core(deter, stoch, action)
-        return deter, OneHot(self.logits(self.prior, deter), self.unimix).sample(u)
+        return deter, OneHot(self.prior(deter).float(), self.unimix).sample(u)
 
     def observe(self, deter, stoch, action, embed, is_first):
         """Filter sequences. deter (B, D), stoch (B, S, K): the state before the first step; action (B, T, A): the one

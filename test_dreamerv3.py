@@ -1,27 +1,19 @@
-"""Tests of DreamerV3: closed-form values, the official code's numbers, alignment, replay, and the program itself.
-
-`pytest` runs all of it in a few minutes on two cores. `GOLDEN_DIR=folder pytest -k golden` checks other golden files.
-"""
+"""Tests: closed-form values, the official code's numbers (GOLDEN_DIR: a folder of others), replay, the program."""
 
 import ast
-import csv
-import errno
 import gc
-import io
 import math
 import os
 import re
-import resource
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import types
-from functools import partial, reduce
-from operator import getitem
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import gymnasium as gym
@@ -42,8 +34,15 @@ from replay import Replay
 
 TINY = Size(deter=32, hidden=16, units=16, classes=4, depth=4, groups=4, blocks=4)
 SPECS = {"image": ObsSpec((64, 64, 3)), "vector": ObsSpec((5,)), "discrete": ObsSpec((2,), 3)}
+THREE = ActionSpec((3,), 3)
 ROOT = Path(__file__).parent
-PLAIN_STEP = networks.RSSM.observe_step
+README = (ROOT / "README.md").read_text()
+PONG, CRAFTER = "examples.protocols:PongFull-v5", "examples.crafter_env:Crafter-v0"
+# flags of short runs: in this process with a tiny model, or as a program
+QUICK = "--no-compile --batch-size 4 --batch-length 8 --train-ratio 16 --imagination-horizon 2 --size 1m"
+QUICK += " --precision float32 --learning-starts 40"
+CHAIN = f"{QUICK} --env-id DreamerChain-v0 --buffer-size 60"
+FAST = "--no-compile --batch-size 4 --batch-length 16 --train-ratio 16 --learning-starts 64 --imagination-horizon 3"
 
 
 @pytest.fixture(autouse=True)
@@ -61,12 +60,12 @@ def argmax_sampling(monkeypatch):
     torch._dynamo.reset()
 
 
-THREE = ActionSpec((3,), 3)
-
-
 def make_agent(specs=None, action=THREE, **flags) -> tuple[Agent, Args]:
     args = Args(**{"precision": "float32", "imagination_horizon": 3, "warmup_updates": 1} | flags)
-    return Agent(specs or {"vector": ObsSpec((5,))}, action, TINY, args), args
+    agent = Agent(specs or {"vector": ObsSpec((5,))}, action, TINY, args)
+    for head in (agent.reward, agent.critic, agent.slow_critic):
+        torch.nn.init.normal_(head[1].weight)  # outscale 0 would pass nothing on
+    return agent, args
 
 
 def make_batch(agent: Agent, batch: int = 2, length: int = 6) -> dict:
@@ -100,7 +99,7 @@ def test_twohot_bins_are_symmetric_and_predict_exactly_zero_at_first(space):
     expected = networks.symexp(even) if space == "symexp" else even
     torch.testing.assert_close(twohot.bins, expected, rtol=1e-4, atol=1e-6)
     assert (twohot.mean(torch.full((7, 255), 0.37)) == 0).all()
-    agent, _ = make_agent(twohot=space, bins=31)
+    agent = Agent({"vector": ObsSpec((5,))}, THREE, TINY, Args(twohot=space, bins=31))
     for head in (agent.reward, agent.critic, agent.slow_critic):  # outscale 0
         logits = head(torch.randn(9, 48))
         assert logits.shape == (9, 31) and (agent.twohot.mean(logits) == 0).all()
@@ -172,17 +171,6 @@ def test_parameter_counts_of_the_official_code(size, i):
 
 
 # === returns, optimizer, flags ========================================================================================
-def n_step_return(t, n, last, term, reward, boot, disc):
-    """Discounted rewards of t+1 .. t+n, then the value there; stops at episode ends."""
-    total, scale = 0.0, 1.0
-    for k in range(t + 1, t + n + 1):
-        total += scale * reward[k]
-        scale *= disc * (not term[k])
-        if last[k]:
-            break
-    return total + scale * boot[k]
-
-
 @pytest.mark.parametrize("shape", [(1,), (2, 1), (21,), (16, 15)])  # 21: the ranks are whole numbers
 def test_return_range_follows_the_percentiles(shape):
     returns, norm = 10 * torch.randn(shape), dreamerv3.ReturnNorm(rate=0.25)
@@ -196,17 +184,22 @@ def test_return_range_follows_the_percentiles(shape):
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_lambda_return_equals_the_weighted_sum_of_n_step_returns(lam):
-    rng, length = np.random.default_rng(0), 7
+    rng, length, disc = np.random.default_rng(0), 7, 0.97
+
+    def n_step(t: int, n: int) -> float:
+        """n discounted rewards and then the value, or fewer where the episode ends."""
+        if n == 0:
+            return boot[t]
+        return reward[t + 1] + disc * (not term[t + 1]) * n_step(t + 1, 0 if last[t + 1] else n - 1)
+
     for _ in range(20):
-        reward, boot = rng.normal(size=length), rng.normal(size=length)
-        term = rng.random(length) < 0.15
-        trajectory = (term | (rng.random(length) < 0.15), term, reward, boot)
-        expected = []
+        reward, boot, term = rng.normal(size=length), rng.normal(size=length), rng.random(length) < 0.15
+        last, expected = term | (rng.random(length) < 0.15), []
         for t in range(length - 1):
             steps = length - 1 - t
             weights = [(1 - lam) * lam ** (n - 1) for n in range(1, steps)] + [lam ** (steps - 1)]
-            expected.append(sum(w * n_step_return(t, n, *trajectory, 0.97) for n, w in enumerate(weights, 1)))
-        out = dreamerv3.lambda_return(*(torch.tensor(x)[None] for x in trajectory), 0.97, lam)[0]
+            expected.append(sum(w * n_step(t, n) for n, w in enumerate(weights, 1)))
+        out = dreamerv3.lambda_return(*(torch.tensor(x)[None] for x in (last, term, reward, boot)), disc, lam)[0]
         np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -239,8 +232,6 @@ def test_every_flag_of_the_update_changes_it(flag):
     for flags in ({}, {flag: FLAGS[flag]}):
         torch.manual_seed(0)
         agent, args = make_agent(**flags)
-        for head in (agent.reward, agent.critic, agent.slow_critic):
-            torch.nn.init.normal_(head[1].weight)  # outscale 0 passes nothing on at first
         _, metrics = dreamerv3.train_step(agent, dreamerv3.LaProp(agent.trained(), 0.0), make_batch(agent), args)
         assert metrics["losses/dyn"] == metrics["losses/rep"]  # one KL, with one floor
         results.append(agent.slow_critic[1].weight if flag == "tau" else metrics["losses/total"])
@@ -262,8 +253,6 @@ class NoHostSync(TorchDispatchMode):
 def test_update_stays_on_the_device_and_reaches_every_parameter(action, device, precision):
     """On the meta device an operation that mixes devices raises, as it would on a GPU."""
     agent, args = make_agent(SPECS, action, free_nats=0.0, precision=precision)
-    for head in (agent.reward, agent.critic, agent.slow_critic):
-        torch.nn.init.normal_(head[1].weight)  # outscale 0 passes nothing on at first
     batch, agent = make_batch(agent), agent.to(device)
     optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate)
     batch = tree_map(lambda x: x.to(device), batch)
@@ -279,41 +268,28 @@ def test_update_stays_on_the_device_and_reaches_every_parameter(action, device, 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_captured_updates_are_the_updates(precision):
     results = []
-    for captured in (False, True):
+    for wrap in (lambda update: update, dreamerv3.Graph):
         torch.manual_seed(0)
         agent, args = make_agent(SPECS, precision=precision)
         batches = [tree_map(lambda x: x.cuda(), make_batch(agent)) for _ in range(3)]
         batches[2]["reward"] += 1  # what a graph has to be told
-        agent = agent.cuda()
-        update = partial(dreamerv3.train_step, agent, dreamerv3.LaProp(agent.trained(), 1e-3, warmup=1), args=args)
-        update = dreamerv3.Graph(update) if captured else update
-        metrics = []
-        for batch in batches:
-            latents, out = update(batch)
-            metrics.append(torch.stack([*out.values()]))
-        results.append([*metrics, *latents, *agent.parameters()])
-    for eager, graph in zip(*results, strict=True):
-        torch.testing.assert_close(eager, graph, rtol=1e-3, atol=1e-4)
+        optimizer = dreamerv3.LaProp(agent.cuda().trained(), 1e-3, warmup=1)
+        update = wrap(partial(dreamerv3.train_step, agent, optimizer, args=args))
+        results.append([tree_map(torch.clone, update(batch)) for batch in batches] + [agent.state_dict()])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
-def test_what_cannot_be_captured_runs_as_it_is(capsys, monkeypatch):
+def test_what_cannot_be_captured_or_compiled_runs_as_it_is(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: torch.zeros(2) + torch.zeros(3))  # raises RuntimeError
-    negative = dreamerv3.Graph(torch.neg)
-    assert [negative(torch.ones(()) * i) for i in range(4)] == [0, -1, -2, -3]
-    assert capsys.readouterr().out.count("cannot capture a CUDA graph, going on without: ") == 1
-
-
-def test_policy_and_training_agree_on_latents(argmax_sampling):
-    agent, _ = make_agent(SPECS)
-    batch = make_batch(agent, batch=3, length=7)
-    state, action, is_first = (batch["deter"], batch["stoch"]), batch["prev_action"], batch["is_first"]
-    deter, stoch, _ = agent.rssm.observe(*state, action, agent.encoder(batch["obs"]), is_first)
-    for t in range(7):
-        obs = {key: x[:, t] for key, x in batch["obs"].items()}
-        out, state = dreamerv3.policy(agent, obs, (*state[:2], action[:, t]), is_first[:, t])
-        torch.testing.assert_close(state[0], deter[:, t], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(state[1], stoch[:, t])
-        assert state[2] is out  # the next step's action before it
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda *inputs: 1 / 0))
+    monkeypatch.setattr(dreamerv3, "COMPILED", [(networks, "symlog")])
+    monkeypatch.setattr(networks, "symlog", networks.symlog)  # restored afterwards
+    for function in (dreamerv3.Graph(torch.neg), dreamerv3.compiled(lambda x: -networks.symlog(x).sign())):
+        assert [function(torch.ones(()) * i) for i in (0, 1, 1, 1)] == [0, -1, -1, -1]
+    torch.compiler.set_stance("default")
+    words = ["cannot capture a CUDA graph, going on without: ", "cannot compile, going on in eager mode: "]
+    out = capsys.readouterr().out
+    assert [out.count(x) for x in words] == [1, 1]
 
 
 # === the time line ====================================================================================================
@@ -342,27 +318,26 @@ class Chain(gym.Env):
         return obs, self.position, end and self.terminal, end and not self.terminal, {}
 
 
-for fault in ("reset", "nan", "dies", "constructor"):
+FAULTS = {"nan": "ValueError: observation 'obs' is declared .* came as .*nan", "reset": "AssertionError: two lines"}
+FAULTS |= {"dies": "EOFError: its process is gone", "constructor": "AssertionError: broken"}
+for fault in FAULTS:
     gym.register(f"Dreamer-{fault}-v0", Chain, kwargs={"fault": fault}, order_enforce=False)
 gym.register("DreamerChain-v0", Chain)
 gym.register("DreamerTruncatedChain-v0", Chain, kwargs={"terminal": False})
 
 
-QUICK = "--no-compile --batch-size 4 --batch-length 8 --train-ratio 16 --imagination-horizon 2 --size 1m"
-QUICK += " --precision float32 --learning-starts 40"
-
-
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """The program in this process, its model tiny and its folder tmp_path: flags -> what it exits with."""
+    """The program in this process, its model tiny and its folder tmp_path: flags, exit status -> the run folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *args: None)  # Ctrl-C stays pytest's
     monkeypatch.setitem(dreamerv3.SIZES, "1m", TINY)
 
-    def main(flags: str):
+    def main(flags: str, status: int = 0) -> Path | None:
         with pytest.raises(SystemExit) as stop:
             dreamerv3.main(flags.split())
-        return stop.value.code
+        assert (stop.value.code or 0) == status
+        return max(tmp_path.glob("runs/**/episodes.csv"), key=os.path.getmtime, default=tmp_path).parent
 
     return main
 
@@ -374,7 +349,7 @@ def test_alignment_on_a_chain(env_id, windows, program, monkeypatch):
     seen, written, convert, write = [], [], dreamerv3.batch_to_device, Replay.update_latents
     monkeypatch.setattr(dreamerv3, "batch_to_device", lambda batch, *rest: seen.append(batch) or convert(batch, *rest))
     monkeypatch.setattr(Replay, "update_latents", lambda *x, **latents: written.append(latents) or write(*x, **latents))
-    assert not program(f"{QUICK} --env-id {env_id} --replay-windows {windows} --total-timesteps 90")
+    program(f"{QUICK} --env-id {env_id} --replay-windows {windows} --total-timesteps 90")
     assert len(seen) == len(written) == 25
     assert seen[0]["deter"].any() and seen[0]["stoch"].any()  # the latents that the agent had when it acted
     for batch in seen:
@@ -402,9 +377,9 @@ def fill(replay: Replay, steps: int, lengths, seed: int = 0) -> None:
         step = {"obs/x": np.stack([np.arange(envs), time, left], 1), "action": time[:, None], "reward": time}
         step |= {"is_first": first, "is_last": last, "is_terminal": last}
         step |= {"deter": np.zeros((envs, 3)), "stoch": np.full((envs, 2), now % 200)}
-        copies = {k: v.copy() for k, v in step.items()}
+        for value in step.values():
+            value.flags.writeable = False  # add must not change its input
         replay.add(step)
-        assert all(np.array_equal(step[k], copies[k]) for k in step), "add changed its input"
         first, left = last, np.where(last, rng.choice(lengths, envs), left - 1)
 
 
@@ -497,9 +472,7 @@ def test_replay_goes_on_from_its_files(windows, tmp_path):
         Replay(80, 2, FIELDS, 8, windows, folder=tmp_path)
     size = os.path.getsize(tmp_path / "reward.npy")
     os.truncate(tmp_path / "reward.npy", size - 20)
-    with pytest.raises(
-        ValueError, match="shorter than its header says|greater than file size"
-    ):  # never zeros in place of what was stored
+    with pytest.raises(ValueError, match="shorter than|greater than file size"):  # never zeros for what was stored
         Replay(60, 2, FIELDS, 8, windows, folder=tmp_path)
     (tmp_path / "reward.npy").unlink()
     with pytest.raises(FileNotFoundError):
@@ -509,7 +482,7 @@ def test_replay_goes_on_from_its_files(windows, tmp_path):
 def no_space(file, start, size):
     """In place of os.posix_fallocate: a disk that is full when the clock is made, the last file of a replay buffer."""
     if size < 150:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(28, "No space left on device")
 
 
 def test_replay_refuses_what_cannot_work(tmp_path, monkeypatch):
@@ -537,8 +510,7 @@ class Everything(gym.Env):
     )
 
     def __init__(self, action_space=None):
-        self.action_space = action_space or spaces.MultiDiscrete([2, 3])
-        self.actions = []
+        self.action_space, self.actions = action_space or spaces.MultiDiscrete([2, 3]), []
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -601,11 +573,8 @@ def test_adapter_leaves_out_what_cannot_be_learned_from():
     texts = {"mission": spaces.Text(5), "graph": spaces.Graph(spaces.Discrete(2), None)}
     env.observation_space = spaces.Dict({"a": spaces.Discrete(2), **texts, "none": spaces.Box(0, 1, (0,))})
     adapter = dreamerv3.Adapter(env, 64)
-    assert list(adapter.specs) == ["a"] and sorted(adapter.left_out) == [
-        "graph (Graph)",
-        "mission (Text)",
-        "none (Box)",
-    ]
+    assert list(adapter.specs) == ["a"]
+    assert sorted(adapter.left_out) == ["graph (Graph)", "mission (Text)", "none (Box)"]
     assert adapter.observation({"a": 1, "mission": "go", "graph": None, "none": []}) == {"a": 1}
     env.observation_space = spaces.Dict(texts)
     with pytest.raises(ValueError, match="no Box, .* space in Dict.*mission"):
@@ -616,10 +585,8 @@ def test_adapter_leaves_out_what_cannot_be_learned_from():
 
 OUTSIDE = {
     "camera": [np.zeros((20, 30, 1), np.float32), np.zeros((30, 20, 1), np.uint8)],
-    "tuple/0": [8, 5.5],
-    "tuple/1": [np.array([0, 1, 2, 0])],
-    "deep/multi": [np.array([2, 0])],
-    "deep/bool": [None],
+    "tuple": [(8, np.zeros(4)), (5.5, np.zeros(4)), (6, np.array([0, 1, 2, 0]))],
+    "deep": [{"multi": np.array([2, 0]), "bool": True}, {"multi": np.array([1, 0]), "bool": None}],
     "double": [*([[0, x], [0, 0]] for x in (np.nan, -np.inf, 1e39)), np.zeros(4), [["a", "b"], ["c", "d"]]],
 }
 
@@ -629,10 +596,8 @@ def test_observations_that_leave_their_space_are_refused(key, value):
     env = dreamerv3.Adapter(Everything(), 48)
     obs = env.env.observation_space.sample()
     assert env.observation(obs).keys() == env.specs.keys()
-    obs["tuple"] = list(obs["tuple"])
-    *path, last = env.leaves[key][0]
-    reduce(getitem, path, obs)[last] = value
-    with pytest.raises(ValueError, match=f"observation '{key}' is declared .* came as"):
+    obs[key] = value
+    with pytest.raises(ValueError, match=f"observation '{key}(/[01]|/multi|/bool)?' is declared .* came as"):
         env.observation(obs)
     for reward in (math.nan, -math.inf, None):
         env.env.step = lambda action: (obs, reward, False, False, {})  # noqa: B023
@@ -664,29 +629,13 @@ def test_action_repeat_adds_up_rewards_and_stops_at_the_end():
 
 
 # === the program ======================================================================================================
-FAST = "--no-compile --batch-size 4 --batch-length 16 --train-ratio 16 --learning-starts 64 --imagination-horizon 3"
-PROGRAM = [sys.executable, str(ROOT / "dreamerv3.py")]
-
-
-def run(flags: str, folder: Path) -> subprocess.CompletedProcess:
-    options = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "capture_output": True}
-    return subprocess.run([*PROGRAM, *flags.split()], timeout=250, **options)
-
-
-def run_folder(folder: Path, name: str = "") -> Path:
-    return next(folder.glob(f"runs/**/*{name}*/episodes.csv")).parent
-
-
 def saved(folder: Path) -> dict:
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
-def events(folder: Path) -> EventAccumulator:
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-
-
 def scalars(folder: Path) -> dict[str, list]:
-    return {tag: [e.value for e in events(folder).Scalars(tag)] for tag in events(folder).Tags()["scalars"]}
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 KEYS = """charts/{episodic_return,episodic_length,SPS,updates_per_second,learning_rate,updates,frames,train_ratio}
@@ -702,27 +651,24 @@ WORDS += ["device: cuda"] if torch.cuda.is_available() else ["device: cpu", "CUD
     "flags, frames",
     [
         ("--env-id CartPole-v1", 1),
-        ("--env-id CartPole-v1 --num-envs 4 --replay-windows stream --capture-video", 1),  # 4 * 16 steps are enough
+        ("--env-id CartPole-v1 --num-envs 4 --replay-windows stream --capture-video", 1),
         ("--env-id Pendulum-v1 --total-timesteps 450 --action-repeat 2 --twohot symlog --no-persist-replay", 2),
         ("--env-id ALE/Pong-v5 --total-timesteps 1500 --train-ratio 0.5 --save-model", 4),
         ("--env-id test_dreamerv3:DreamerEverything-v0", 1),
     ],
 )
-def test_command_line_trains_and_leaves_its_files(flags, frames, tmp_path):
-    flags = f"{FAST} --total-timesteps 200 {flags}"
-    done = run(flags, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert not [word for word in WORDS if word not in done.stdout]
-    folder = run_folder(tmp_path)
-    with open(folder / "episodes.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert rows and list(rows[0]) == ["global_step", "frames", "return", "length", "seconds"]
-    assert all(int(row["frames"]) == frames * int(row["global_step"]) for row in rows)
+def test_a_run_trains_and_leaves_its_files(flags, frames, program, capsys, tmp_path):
+    flags = f"{QUICK} --total-timesteps 200 {flags}"
+    folder, out = program(flags), capsys.readouterr().out
+    assert not [word for word in WORDS if word not in out]
+    assert (folder / "episodes.csv").read_text().startswith("global_step,frames,return,length,seconds\n")
+    rows = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
+    assert len(rows) and (rows[:, 1] == frames * rows[:, 0]).all()
     values = scalars(folder)
     assert set(values) >= KEYS and all(np.isfinite(v).all() for v in values.values())
     total, ratio = (float(re.findall(rf"--{flag} ([\d.]+)", flags)[-1]) for flag in ("total-timesteps", "train-ratio"))
     envs = 4 if "--num-envs" in flags else 1
-    updates = math.floor(ratio * (total - 64 - (total - 64) % envs) / (4 * 16))
+    updates = math.floor(ratio * (total - 40 - (total - 40) % envs) / (4 * 8))
     state = saved(folder)
     assert (state["global_step"], state["updates"]) == (total, updates) and updates > 0
     assert (folder / "model.pt").exists() == ("--save-model" in flags)
@@ -751,7 +697,7 @@ BAD = """--size 3m | --twohot log | --replay-windows all | --precision half | --
 def test_bad_input_gives_one_line_and_status_2(flags, program, capsys, tmp_path, monkeypatch):
     if "--env-id" not in flags:
         monkeypatch.setattr(dreamerv3, "make_env", None)  # refused before any environment is made
-    assert program(flags) == 2
+    program(flags, 2)
     error = capsys.readouterr().err.strip()
     assert error.startswith("dreamerv3.py: error: ") and "\n" not in error
     assert flags.split()[0].lstrip("-") in error.replace("_", "-") and not list(tmp_path.iterdir())
@@ -767,9 +713,6 @@ def test_limits_count_the_processes_that_train_together(monkeypatch, capsys):
             dreamerv3.check_args(Args(num_envs=16, **least | {name: least[name] - 1}))
 
 
-HUGE = "--total-timesteps 10000000000000 --buffer-size 10000000000000"
-
-
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -777,8 +720,8 @@ HUGE = "--total-timesteps 10000000000000 --buffer-size 10000000000000"
         (f"--exp-name {'x' * 300}", "File name too long"),
         ("--exp-name same", "File exists: 'runs/"),
         ("--exp-name full", r"cannot write the run folder .*\(--buffer-size\): .*No space left"),
-        (f"{HUGE} --no-persist-replay", "cannot write the run folder .--buffer-size.: .*Unable to allocate"),
-        ("--capture-video", "CartPole-v1 cannot be made with --capture-video: .*moviepy.*pip install"),
+        (f"--total-timesteps {10**13} --buffer-size {10**13} --no-persist-replay", "-size.: .*Unable to allocate"),
+        ("--capture-video", "CartPole-v1 cannot be made with --capture-video: .*(?i:moviepy).*pip install"),
         ("--capture-video --env-id DreamerChain-v0", "Chain-v0 cannot be made with --capture-video: .*render_mode"),
         ("--capture-video", "cannot be made with --capture-video: .*Not a directory.*/videos/"),
         ("--track", r"--track cannot start \(pip install wandb, .*wandb"),
@@ -802,7 +745,7 @@ def test_a_start_that_fails_is_one_line_and_leaves_nothing(flags, words, program
     if "same" in flags:  # another run began in the same second
         monkeypatch.setattr(time, "time", lambda: 7.5)
         (tmp_path / "runs" / "CartPole-v1__same__1__7").mkdir(parents=True)
-    assert program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 100 {flags}") == 2
+    program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 100 {flags}", 2)
     error = capsys.readouterr().err.strip()
     assert re.search(words, error) and "\n" not in error
     assert not [x for x in tmp_path.rglob("*") if x.is_file() and x.parent != tmp_path]
@@ -813,10 +756,10 @@ def test_a_run_survives_sigkills_at_random_moments(tmp_path):
     SIGTERM: steps, episodes and counters stay consistent."""
     rng, every, kills = np.random.default_rng(0), 20, 20 if "SLOW" in os.environ else 1
     start = f"{FAST} --batch-size 2 --batch-length 8 --env-id CartPole-v1 --checkpoint-frequency {every}".split()
-    folder, cuts, updates, clock, last_save, allowed = None, {0}, 0, [0], 0, every
+    folder, cuts, updates, clock = None, {0}, 0, [0]
     for kill in range(kills + 1):
         flags = ["--resume", str(folder)] if kill else start
-        command = [*PROGRAM, "--total-timesteps", "100000", *flags]
+        command = [sys.executable, ROOT / "dreamerv3.py", "--total-timesteps", "100000", *flags]
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         line = next(line for line in process.stdout if line.startswith("resumed" if kill else "run folder"))
         folder = next(tmp_path.glob("runs/*"))
@@ -831,10 +774,8 @@ def test_a_run_survives_sigkills_at_random_moments(tmp_path):
         assert process.wait(60) == (128 + signal.SIGTERM if kill == kills else -signal.SIGKILL)
         clock = np.load(folder / "replay" / "clock.npy")
         state = dreamerv3.load_checkpoint(folder)[1]
-        if state["global_step"] > last_save:
-            last_save, allowed = state["global_step"], every
-        assert clock[0] - allowed <= state["global_step"] <= clock[0] and state["updates"] >= updates
-        allowed += every * (clock[0] % every == 0 and last_save < clock[0])  # a save was cut short: the next one counts
+        assert clock[0] - every * (kill + 1) <= state["global_step"] <= clock[0]  # every kill may cut one save short
+        assert state["updates"] >= updates
         assert state["updates"] + state["owed"] == pytest.approx(max(0, state["global_step"] - 64) * 16 / (2 * 8))
         updates = state["updates"]
     assert state["global_step"] == clock[0]
@@ -848,45 +789,30 @@ def test_a_run_survives_sigkills_at_random_moments(tmp_path):
     assert not terminal[~last].any()
 
 
-@pytest.mark.parametrize(
-    "fault, envs, words, steps",
-    [
-        ("nan", 1, "ValueError: observation 'obs' is declared .* came as .*nan", 59),
-        ("nan", 2, "ValueError: observation 'obs' is declared .* came as .*nan", 59),
-        ("dies", 2, "EOFError: its process is gone", 59),
-        ("reset", 1, "AssertionError: two lines", 0),
-        ("reset", 2, "AssertionError: two lines", 0),
-    ],
-)
-def test_an_environment_that_fails_ends_the_run_saved(fault, envs, words, steps, program, recwarn, capsys, monkeypatch):
-    assert program(f"{QUICK} --env-id Dreamer-{fault}-v0 --num-envs {envs} --total-timesteps 200") == 2
+@pytest.mark.parametrize("fault, envs", [("nan", 1), ("nan", 2), ("dies", 2), ("reset", 1), ("reset", 2)])
+def test_an_environment_that_fails_ends_the_run_saved(fault, envs, program, recwarn, capsys, monkeypatch):
+    steps = 0 if fault == "reset" else 59
+    folder = program(f"{QUICK} --env-id Dreamer-{fault}-v0 --num-envs {envs} --total-timesteps 200", 2)
     *trace, line = capsys.readouterr().err.strip().splitlines()
-    text = f"dreamerv3.py: error: Dreamer-{fault}-v0 failed at step {steps * envs}, saved runs/.*: {words}.*"
+    text = f"dreamerv3.py: error: Dreamer-{fault}-v0 failed at step {steps * envs}, saved runs/.*: {FAULTS[fault]}.*"
     assert re.fullmatch(text, line)
     trace = "\n".join([*trace, *(str(warning.message) for warning in recwarn)])  # those of workers are warnings
     assert "Traceback" in trace and (fault == "dies" or "test_dreamerv3.py" in trace or "in observation" in trace)
-    folder = run_folder(Path.cwd())
     assert saved(folder)["global_step"] == steps * envs
     assert np.load(folder / "replay" / "clock.npy")[0] == steps
     if fault == "reset":
         monkeypatch.setattr(torch, "save", lambda *inputs: no_space(None, 0, 0))
-        assert program(f"{QUICK} --env-id Dreamer-reset-v0 --total-timesteps 200 --exp-name full") == 2
+        program(f"{QUICK} --env-id Dreamer-reset-v0 --total-timesteps 200 --exp-name full", 2)
         assert "failed at step 0, could not save runs/" in capsys.readouterr().err.splitlines()[-1]
 
 
-CHAIN = f"{QUICK} --env-id DreamerChain-v0 --buffer-size 60"
-
-
 def test_updates_made_up_after_a_kill_are_saved_on_the_way(program, monkeypatch):
-    program(f"{CHAIN} --total-timesteps 60")
-    folder, calls = run_folder(Path.cwd()), iter(range(599))
+    folder = program(f"{CHAIN} --total-timesteps 60")
     torch.save(saved(folder) | {"owed": 700.0}, folder / "checkpoint.pt")
     latents = torch.zeros(4, 8, TINY.deter), torch.zeros(4, 8, TINY.groups, TINY.classes)
-    # the 600th update is a kill
-    monkeypatch.setattr(
-        dreamerv3, "train_step", lambda *x, **y: (latents, {"losses/total": torch.tensor(float(next(calls)))})
-    )
-    with pytest.raises(StopIteration):
+    update = Mock(side_effect=[(latents, {"losses/total": torch.ones(())})] * 599)
+    monkeypatch.setattr(dreamerv3, "train_step", update)
+    with pytest.raises(StopIteration):  # the 600th update is a kill
         dreamerv3.main(f"--resume {folder} --total-timesteps 70".split())
     assert (saved(folder)["updates"], saved(folder)["owed"]) == (500, 700.5 - 490)
 
@@ -894,14 +820,12 @@ def test_updates_made_up_after_a_kill_are_saved_on_the_way(program, monkeypatch)
 def test_resumed_and_evaluated_runs_are_bit_identical_to_a_plain_one(program, tmp_path, capsys):
     """All start an episode after step 60, so that the environments agree; weights, counters and replay do too."""
     flags = f"{CHAIN} --train-ratio 12 --total-timesteps"
-    assert not program(f"{flags} 91 --exp-name plain")
-    assert not program(f"{flags} 60 --exp-name resumed")
-    assert not program(f"--resume {run_folder(tmp_path, 'resumed')} --total-timesteps 91 --video-frequency 6")
+    plain, resumed = program(f"{flags} 91 --exp-name plain"), program(f"{flags} 60 --exp-name resumed")
+    program(f"--resume {resumed} --total-timesteps 91 --video-frequency 6")
     capsys.readouterr()
-    assert not program(f"{flags} 91 --exp-name evaluated --eval-frequency 30 --eval-episodes 2")
+    evaluated = program(f"{flags} 91 --exp-name evaluated --eval-frequency 30 --eval-episodes 2")
     line = "evaluation: 2 episodes of DreamerChain-v0, return mean 15.0, std 0.0, min 15, max 15"
     assert capsys.readouterr().out.splitlines().count(line) == 3
-    plain, resumed, evaluated = (run_folder(tmp_path, name) for name in ("plain", "resumed", "evaluated"))
     a = saved(plain)
     assert a["updates"] == 19 and a["owed"] == 0.125 and {"return_norm.lo", "return_norm.hi"} < a["agent"].keys()
     for folder in (resumed, evaluated):
@@ -915,30 +839,28 @@ def test_resumed_and_evaluated_runs_are_bit_identical_to_a_plain_one(program, tm
 
 
 def test_resume_takes_a_checkpoint_file_and_falls_back_to_a_good_one(program, capsys):
-    program(f"{CHAIN} --total-timesteps 60 --checkpoint-frequency 50")
-    folder = run_folder(Path.cwd())
+    folder = program(f"{CHAIN} --total-timesteps 60 --checkpoint-frequency 50")
     newest, previous, foreign = (folder / f"{name}.pt" for name in ("checkpoint", "checkpoint_previous", "foreign"))
-    good, old = newest.read_bytes(), previous.read_bytes()
+    good, old, state = newest.read_bytes(), previous.read_bytes(), saved(folder)
     torch.save({"model": torch.zeros(3)}, foreign)
 
-    def resume(path, newest_bytes=good, previous_bytes=old, flags="") -> str:
-        """The one line of an error, or the output of a run."""
+    def resume(path, newest_bytes=good, previous_bytes=old, flags="", status=2) -> str:
+        """The output of a run, or the one line of an error."""
         newest.write_bytes(newest_bytes)
         previous.write_bytes(previous_bytes)
         capsys.readouterr()
-        code = program(f"--resume {path} {flags}")
+        program(f"--resume {path} {flags}", status)
         out, error = capsys.readouterr()
-        assert code in (0, 2) and (not code or (len(error.splitlines()) == 1 and "resumed" not in out)), error
-        return error if code else out
+        assert not status or (len(error.splitlines()) == 1 and "resumed" not in out), error
+        return error if status else out
 
     assert "--batch-size 5 disagrees with 4" in resume(folder, flags="--batch-size 5")
     assert "--total-timesteps 59 is less than the 60" in resume(folder, flags="--total-timesteps 59")
-    assert "resumed at step 60 after 5 updates" in resume(previous)
-    assert "foreign.pt is unreadable (KeyError), using checkpoint.pt" in resume(foreign)
-    assert "pt is unreadable (KeyError), using checkpoint_previous.pt" in resume(folder, foreign.read_bytes())
+    assert "resumed at step 60 after 5 updates" in resume(previous, status=0)
+    assert "foreign.pt is unreadable (KeyError), using checkpoint.pt" in resume(foreign, status=0)
+    assert "pt is unreadable (KeyError), using checkpoint_previous" in resume(folder, foreign.read_bytes(), status=0)
     assert foreign.exists() and (folder / "checkpoint.unreadable").exists()
     assert "holds no good checkpoint" in resume(folder, good[:500], good[:500]) and newest.exists()
-    state = torch.load(io.BytesIO(good), weights_only=True)
     torch.save(state | {"args": state["args"] | {"env_id": "CartPole-v1"}}, foreign)
     words = "cannot read the replay buffer .*obs.obs.npy holds float32 .1, 61, 1., this run needs float32 .1, 61, 4."
     assert re.search(words, resume(folder, foreign.read_bytes()))
@@ -948,36 +870,29 @@ def test_resume_takes_a_checkpoint_file_and_falls_back_to_a_good_one(program, ca
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(program, capsys, monkeypatch):
-    """The second and later checkpoints meet a real limit of the file size, in the middle of their file."""
-    save, limits = torch.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    def full_disk(state, file, save=torch.save):
+        if state["global_step"] > 50:
+            file.write(b"a part")
+            raise RuntimeError("PytorchStreamWriter failed writing file")  # what torch says of a real one
+        save(state, file)
 
-    def limited(state, file):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0] if state["global_step"] <= 50 else 100_000, limits[1]))
-        try:
-            save(state, file)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    monkeypatch.setattr(torch, "save", limited)
-    assert program(f"{CHAIN} --total-timesteps 110 --checkpoint-frequency 50") == 1  # the last one is missing
+    monkeypatch.setattr(torch, "save", full_disk)
+    folder = program(f"{CHAIN} --total-timesteps 110 --checkpoint-frequency 50", 1)  # the last one is missing
     assert capsys.readouterr().out.count("warning: no checkpoint at step 1") == 2
-    folder = run_folder(Path.cwd())
     assert saved(folder)["global_step"] == 50 and not (folder / "checkpoint.tmp").exists()
     assert np.load(folder / "replay" / "clock.npy")[0] == 110
 
 
 def test_without_persistent_replay_a_resumed_run_refills_first(program, capsys):
-    program(f"{CHAIN} --buffer-size 100 --total-timesteps 60 --no-persist-replay --no-cuda")
+    folder = program(f"{CHAIN} --buffer-size 100 --total-timesteps 60 --no-persist-replay --no-cuda")
     assert "CUDA" not in capsys.readouterr().out
-    folder = run_folder(Path.cwd())
     program(f"--resume {folder} --total-timesteps 120")
     out = capsys.readouterr().out
     assert "after 10 updates, 0 owed, 0 steps in the replay buffer: TOO FEW, collecting 40" in out
     assert "replay: 60 steps take 0.00 GB" in out  # as many as before
     assert saved(folder)["updates"] == 10 + 20 // 2
     assert not (folder / "replay").exists()
-    program(f"{CHAIN} --total-timesteps 60 --exp-name interrupted")
-    folder = run_folder(Path.cwd(), "interrupted")
+    folder = program(f"{CHAIN} --total-timesteps 60 --exp-name interrupted")
     shutil.rmtree(folder / "replay")
     program(f"--resume {folder} --total-timesteps 70")  # in the middle of a refill
     program(f"--resume {folder} --total-timesteps 120")
@@ -989,16 +904,15 @@ def test_memory_is_constant(program, monkeypatch):
     """Resident memory and live tensors at every checkpoint after the buffer is full."""
     save, seen = dreamerv3.save_run, []
 
-    def measure(*inputs):
-        assert save(*inputs)
+    def measure(*inputs) -> bool:
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         seen.append((pages * os.sysconf("SC_PAGE_SIZE"), sum(type(x) is torch.Tensor for x in gc.get_objects())))
+        return save(*inputs)
 
     monkeypatch.setattr(dreamerv3, "save_run", measure)
-    flags = "--env-id CartPole-v1 --buffer-size 500 --total-timesteps 1600 --checkpoint-frequency 160 --train-ratio 3"
-    flags += " --log-frequency 160 --video-frequency 40"
-    program(f"{QUICK} {flags}")
+    flags = f"{QUICK} --env-id CartPole-v1 --buffer-size 500 --total-timesteps 1600 --train-ratio 3"
+    program(f"{flags} --checkpoint-frequency 160 --log-frequency 160 --video-frequency 40")
     memory, tensors = zip(*seen[4:], strict=True)
     assert len(seen) == 11 and max(tensors) == min(tensors) and memory[-1] - memory[0] < 4e6, seen
 
@@ -1023,8 +937,7 @@ def test_a_dream_is_the_posterior_then_the_prior_alone(argmax_sampling, tmp_path
     expected = {"image": torch.cat([truth, image, (image - truth + 1) / 2], 2)}
     expected["vector"] = torch.stack([obs["vector"], networks.symexp(recon["vector"])], 2)
     expected["discrete"] = torch.stack([obs["discrete"], recon["discrete"].argmax(-1)], 2).float()
-    for key in SPECS:
-        torch.testing.assert_close(dream[key], expected[key][:4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dream, tree_map(lambda x: x[:4], expected), rtol=1e-4, atol=1e-5)
     before = torch.get_rng_state()
     dreamerv3.write_dream(agent, batch, tmp_path, dreamerv3.SummaryWriter(tmp_path), 0, 7)
     assert torch.equal(torch.get_rng_state(), before)
@@ -1035,11 +948,12 @@ def test_a_dream_is_the_posterior_then_the_prior_alone(argmax_sampling, tmp_path
 
 
 def test_dreams_are_drawn(program):
-    assert not program(f"{QUICK} --env-id DreamerEverything-v0 --total-timesteps 60 --video-frequency 5")
-    gif, plot = (Image.open(run_folder(Path.cwd()) / "dreams" / name) for name in ("5.gif", "10.png"))
+    folder = program(f"{QUICK} --env-id DreamerEverything-v0 --total-timesteps 60 --video-frequency 5")
+    gif, plot = (Image.open(folder / "dreams" / name) for name in ("5.gif", "10.png"))
     assert (gif.n_frames, gif.size, plot.size) == (8, (4 * 68, 3 * 64 + 4), (1280, 8 * 120))
+    events = EventAccumulator(str(folder)).Reload()
     for tag, size in {"dream/images": (8 * 68, 4 * 196), "dream/vectors": (1280, 8 * 120)}.items():
-        shown = events(run_folder(Path.cwd())).Images(tag)
+        shown = events.Images(tag)
         assert [(e.width, e.height, e.step) for e in shown] == [(*size, 50), (*size, 60)]
 
 
@@ -1055,8 +969,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 # === evaluation, videos, tracking =====================================================================================
 def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsys, tmp_path):
     flags = "--total-timesteps 60 --checkpoint-frequency 50 --save-model --learning-rate 0.01 --warmup-updates 1"
-    program(f"{QUICK} --env-id CartPole-v1 {flags}")
-    folder = run_folder(tmp_path)
+    folder = program(f"{QUICK} --env-id CartPole-v1 {flags}")
     (folder / "checkpoint.pt").write_bytes(b"torn")  # stays where it is
     shutil.rmtree(folder / "replay")
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
@@ -1065,21 +978,17 @@ def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsy
         agent, args = dreamerv3.load_agent(path, "cuda" if torch.cuda.is_available() else "cpu")
         dreamerv3.evaluate(agent, args, 4, seed=3)
         lines.append(capsys.readouterr().out.splitlines()[-1])
-        assert not program(f"--resume {path} --eval-only --eval-episodes 4 --seed 3")
+        program(f"--resume {path} --eval-only --eval-episodes 4 --seed 3")
         assert capsys.readouterr().out.splitlines()[-1] == lines[-1]
     assert lines[0] == lines[1] != lines[2] and lines[0].startswith("evaluation: 4 episodes of CartPole-v1"), lines
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
-    assert program(f"--resume {folder} --eval-only --batch-size 3") == 2
-
-
-README = (ROOT / "README.md").read_text()
+    program(f"--resume {folder} --eval-only --batch-size 3", 2)
 
 
 def test_the_snippets_of_the_readme_run(program, capsys, tmp_path):
     texts = README, (ROOT / "results" / "speed.md").read_text()
     play, speed = (re.search("```python\n(.*?)```", text, re.S)[1] for text in texts)
-    program(f"{CHAIN} --total-timesteps 50 --save-model")
-    (run_folder(tmp_path) / "model.pt").rename("model.pt")
+    (program(f"{CHAIN} --total-timesteps 50 --save-model") / "model.pt").rename("model.pt")
     exec(play, {})
     assert capsys.readouterr().out.splitlines()[-1] == "return 15.0"
     exec(speed.replace("compile=True", "compile=False").replace(", 5, (16, 64)", ", 1, (2, 4)"), {})
@@ -1097,9 +1006,8 @@ def test_results_are_logs_of_the_program_and_draw_the_figures_of_the_readme(tmp_
 
 def test_videos_show_every_step_of_an_episode(program, tmp_path):
     flags = "--total-timesteps 100 --capture-video --eval-frequency 100 --eval-episodes 1"
-    program(f"{QUICK} --env-id CartPole-v1 {flags}")
-    folder = run_folder(tmp_path)
-    assert not program(f"--resume {folder} --eval-only --eval-episodes 3")
+    folder = program(f"{QUICK} --env-id CartPole-v1 {flags}")
+    program(f"--resume {folder} --eval-only --eval-episodes 3")
     agent, args = dreamerv3.load_agent(folder)
     for episode, length in enumerate(dreamerv3.evaluate(agent, args, 3, args.seed)):  # CartPole pays 1 per step
         video = cv2.VideoCapture(f"videos/{folder.name}/eval-only/rl-video-episode-{episode}.mp4")
@@ -1109,27 +1017,29 @@ def test_videos_show_every_step_of_an_episode(program, tmp_path):
 
 
 def test_tracking_passes_on_what_cleanrl_does(program, monkeypatch, tmp_path):
-    calls, files = [], []
-    wandb = types.SimpleNamespace(init=lambda **kw: calls.append(kw), save=lambda file, **kw: files.append(Path(file)))
+    wandb = Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     flags = f"{QUICK} --env-id test_dreamerv3:DreamerChain-v0 --track"
-    program(f"{flags} --wandb-project-name project --wandb-entity team --total-timesteps 40")
-    folder = run_folder(tmp_path)
+    folder = program(f"{flags} --wandb-project-name project --wandb-entity team --total-timesteps 40")
     program(f"--resume {folder} --total-timesteps 50")
-    first, second = calls
+    first, second = (call.kwargs for call in wandb.init.call_args_list)
+    files = [Path(call.args[0]) for call in wandb.save.call_args_list]
     assert first["name"] == folder.name and second["id"] == first["id"] == folder.name.replace(":", "-")
     assert (first["project"], first["entity"], first["config"]["batch_length"]) == ("project", "team", 8)
     assert first["sync_tensorboard"] and first["save_code"] and first["resume"] == "allow"
     assert [path.name for path in files[:3]] == ["dreamerv3.py", "networks.py", "replay.py"]
     assert all(path.exists() for path in files)
     before = set(tmp_path.rglob("*"))
-    wandb.init = lambda **kw: 1 / 0
-    assert program(f"{flags} --exp-name refused --total-timesteps 40") == 2 and set(tmp_path.rglob("*")) == before
+    wandb.init.side_effect = ConnectionError
+    program(f"{flags} --exp-name refused --total-timesteps 40", 2)
+    assert set(tmp_path.rglob("*")) == before
 
 
 # === golden: numbers computed by the official JAX code (golden/README.md) =============================================
 def golden_files() -> list[Path]:
-    return sorted(Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden")).glob("*.npz"))
+    files = sorted(Path(os.environ.get("GOLDEN_DIR", ROOT / "golden")).glob("*.npz"))
+    assert files, "no .npz file in GOLDEN_DIR"
+    return files
 
 
 # our name=the official one; "#" is any digit; a layer's norm goes by the layer's name, as in enc/mlp0 and enc/mlp0norm
@@ -1211,10 +1121,6 @@ class Golden:
             np.testing.assert_allclose(x, self.data[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-def test_golden_files_exist():
-    assert golden_files(), "no .npz file in GOLDEN_DIR"
-
-
 @pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
 def test_golden_forward(path, argmax_sampling):
     golden = Golden(path)
@@ -1226,6 +1132,11 @@ def test_golden_forward(path, argmax_sampling):
     feat, obs = dreamerv3.get_feat(deter, stoch), batch["obs"]
     golden.close("out/", tokens=outputs["embed"], post_logit=outputs["post"], prior_logit=outputs["prior"])
     golden.close("out/", deter=deter, stoch=stoch, reward_logits=outputs["reward"])
+    state = batch["deter"], batch["stoch"]
+    for t in range(deter.shape[1]):  # acting sees the same latents as training
+        inputs = {key: x[:, t] for key, x in obs.items()}, (*state[:2], batch["prev_action"][:, t])
+        action, state = dreamerv3.policy(agent, *inputs, batch["is_first"][:, t])
+        torch.testing.assert_close(state, (deter[:, t], stoch[:, t], action), rtol=1e-4, atol=1e-5)
     golden.close("out/", reward_pred=agent.twohot.mean(outputs["reward"]), continue_prob=outputs["cont"].sigmoid())
     golden.close("out/", value_pred=agent.twohot.mean(agent.critic(feat)))
     if agent.action.nvec:
@@ -1237,7 +1148,6 @@ def test_golden_forward(path, argmax_sampling):
     golden.close("out/loss/", **recon_losses)
     torch.testing.assert_close(losses["recon"], sum(recon_losses.values()), rtol=1e-4, atol=1e-5)
     golden.close("out/loss/", rew=losses["reward"], con=losses["continue"], dyn=losses["dyn"], rep=losses["rep"])
-
     lead, deters = deter.shape[:2], agent.size.deter
     starts = deter.flatten(0, 1), stoch.flatten(0, 1)
     imagined, actions = dreamerv3.imagine(agent, *starts, args.imagination_horizon)
@@ -1245,7 +1155,6 @@ def test_golden_forward(path, argmax_sampling):
     golden.close("out/imag_", stoch=imagined[:, 1:, deters:].unflatten(-1, stoch.shape[-2:]))
     stored = dreamerv3.decode_action(actions, agent.action)[:, :-1].float()
     golden.close("out/imag_", action=stored.squeeze(-1) if agent.action.nvec else stored)
-
     behavior, returns, metrics = dreamerv3.actor_critic_loss(agent, imagined, actions, args)
     norm, boot = agent.return_norm, returns[:, 0].unflatten(0, lead)
     replayed = dreamerv3.replay_critic_loss(agent, feat, batch, boot, args)
@@ -1259,15 +1168,15 @@ def test_golden_forward(path, argmax_sampling):
 
 
 @pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
-def test_golden_updates(path, argmax_sampling, first=lambda update, batch: update(batch)):
-    """Losses, gradients and all weights over the file's updates; first: how to make the first one."""
+def test_golden_updates(path, argmax_sampling, wrap=lambda update: update):
+    """Losses, gradients and all weights over the file's updates; wrap: what is done to the update function."""
     golden = Golden(path)
     agent, args, batch = golden.agent, golden.args, golden.batch()
     start = {name: p.detach().clone() for name, p in golden.names.items()}
     optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
-    update = partial(dreamerv3.train_step, agent, optimizer, args=args)
+    update = wrap(partial(dreamerv3.train_step, agent, optimizer, args=args))
     for step in range(1, golden.hyper["steps"] + 1):
-        _, metrics = first(update, batch) if step == 1 else update(batch)
+        _, metrics = update(batch)
         for key, value in {"loss": metrics["losses/total"], "grad_norm": metrics["optim/grad_norm"]}.items():
             np.testing.assert_allclose(value, golden.data[f"step{step}/{key}"], rtol=1e-4, err_msg=f"step {step} {key}")
         norm = [agent.return_norm.lo, agent.return_norm.hi]
@@ -1285,16 +1194,14 @@ def test_golden_updates(path, argmax_sampling, first=lambda update, batch: updat
 
 
 @pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
-def test_compiled_updates_equal_the_official_ones(path, argmax_sampling, monkeypatch):
-    """Not part of `-k golden`: with a cold compiler cache it takes a minute per file."""
+def test_compiled_updates_equal_the_official_ones(path, argmax_sampling, monkeypatch, capsys):
+    """Not part of `-k golden`: with a cold compiler cache it takes a minute."""
     if "continuous" in path.stem:  # the actor is what differs; the rest is compiled for the other file
-        monkeypatch.setattr(
-            dreamerv3, "COMPILED", [x for x in dreamerv3.COMPILED if x[1] in ("imagine_step", "observe_step")]
-        )
+        monkeypatch.setattr(dreamerv3, "COMPILED", [(dreamerv3, "imagine_step")])
     for owner, name in dreamerv3.COMPILED:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # restores the plain functions afterwards
     test_golden_updates(path, None, dreamerv3.compiled)
-    assert networks.RSSM.observe_step is not PLAIN_STEP, "fell back to eager mode"
+    assert "eager mode" not in capsys.readouterr().out
 
 
 # === data-parallel training ===========================================================================================
@@ -1309,11 +1216,9 @@ def three_updates(rank: int, world: int, folder: Path) -> None:
     if world > 1:
         torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
         dreamerv3.train_together(agent, optimizer)
-    rows = slice(4 * rank // world, 4 * (rank + 1) // world)
-    batch = make_batch(agent, 4)
+    rows, batch = slice(4 * rank // world, 4 * (rank + 1) // world), make_batch(agent, 4)
     for _ in range(3):
-        share = {k: {key: x[rows] for key, x in v.items()} if k == "obs" else v[rows] for k, v in batch.items()}
-        dreamerv3.train_step(agent, optimizer, share, args)
+        dreamerv3.train_step(agent, optimizer, tree_map(lambda x: x[rows], batch), args)
     grads = {f"gradient of {name}": p.grad for name, p in agent.named_parameters() if p.requires_grad}
     torch.save(agent.state_dict() | grads, folder / f"{rank}of{world}.pt")
 
@@ -1337,7 +1242,7 @@ def test_torchrun_trains_logs_once_and_resumes(tmp_path):
 
     text = output(f"{FAST} --env-id CartPole-v1 --seed 3 --total-timesteps 150 --checkpoint-frequency 20")
     assert text.count("run folder: ") == 1 and "1 update every 8 agent steps" in text  # both processes' steps
-    folder = run_folder(tmp_path)
+    (folder,) = tmp_path.glob("runs/*")
     state = torch.load(folder / "checkpoint.pt")
     assert state["global_step"] == 150 and state["updates"] == (150 - 64) // 8
     steps = [np.load(folder / name / "obs.obs.npy")[0, :75] for name in ("replay", "replay1")]
@@ -1349,10 +1254,7 @@ def test_torchrun_trains_logs_once_and_resumes(tmp_path):
 
 
 # === the README's environments ========================================================================================
-README_IDS = set(re.findall(r"python dreamerv3.py --env-id (\S+?)`", README)) | {"examples.protocols:PongFull-v5"}
-
-
-@pytest.mark.parametrize("env_id", sorted(README_IDS - {"examples.crafter_env:Crafter-v0"}))
+@pytest.mark.parametrize("env_id", sorted({*re.findall(r"dreamerv3.py --env-id (\S+?)`", README), PONG} - {CRAFTER}))
 def test_ids_of_the_readme_can_be_stepped_or_say_how_to_install_them(env_id, capsys):
     try:
         env = dreamerv3.make_env(env_id)
@@ -1362,14 +1264,14 @@ def test_ids_of_the_readme_can_be_stepped_or_say_how_to_install_them(env_id, cap
         return
     env.reset(seed=0)
     assert all(env.observation_space.contains(env.step(env.action_space.sample())[0]) for _ in range(5))
-    assert env.action_spec.size == 18 or env_id != "examples.protocols:PongFull-v5"  # the full action set
+    assert env.action_spec.size == 18 or env_id != PONG  # the full action set
 
 
 def test_pixels_of_the_examples_are_what_is_rendered(monkeypatch):
     make = lambda *_, render_kwargs, **flags: gym.make("CartPole-v1", **flags)  # noqa: E731
-    monkeypatch.setitem(sys.modules, "shimmy", types.ModuleType("shimmy"))
+    monkeypatch.setitem(sys.modules, "shimmy", Mock())
     module = dreamerv3.import_module("examples.protocols")
-    monkeypatch.setattr(module, "gym", types.SimpleNamespace(wrappers=gym.wrappers, make=make))
+    monkeypatch.setattr(module, "gym", Mock(wrappers=gym.wrappers, make=make))
     assert dreamerv3.make_env("examples.protocols:WalkerPixels-v0").specs == {"obs": ObsSpec((64, 64, 3))}
 
 
@@ -1382,8 +1284,8 @@ def test_crafter_ends_by_death_or_is_cut(monkeypatch):
             self.time += 1
             return self.reset(), 0.1, self.time % 2 == 0, {"discount": float(self.time % 4 > 0)}
 
-    monkeypatch.setitem(sys.modules, "crafter", types.SimpleNamespace(Env=Game))
-    env = dreamerv3.make_env("examples.crafter_env:Crafter-v0")
+    monkeypatch.setitem(sys.modules, "crafter", Mock(Env=Game))
+    env = dreamerv3.make_env(CRAFTER)
     for seed, last in {7: (False, True), None: (True, False)}.items():
         assert env.reset(seed=seed)[0]["obs"][0, 0, 0] == 7  # a seed is for the first reset
         assert [env.step(np.array([16]))[2:4] for _ in range(2)] == [(False, False), last]
@@ -1395,4 +1297,4 @@ def test_your_own_environment_trains(program):
     for action, steps, last in [(1, 200, (False, True)), (2, 14, (True, False))]:  # rest, and leave the field
         env.reset(seed=0)
         assert [env.step(np.array([action, action]))[2:4] for _ in range(steps)][-1] == last
-    assert not program(f"{QUICK} --env-id examples.my_env:MyEnv-v0 --total-timesteps 60")
+    program(f"{QUICK} --env-id examples.my_env:MyEnv-v0 --total-timesteps 60")
