@@ -46,7 +46,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial, reduce
 from importlib import import_module
-from itertools import count
 from operator import getitem
 from pathlib import Path
 from typing import Literal
@@ -278,6 +277,7 @@ def imagine_step(agent: Agent, deter: Tensor, stoch: Tensor, action: Tensor, u: 
 
 
 # === 5. Lambda-return and return range (paper: equations 6 and 7) =====================================================
+@torch.compiler.disable  # an unrolled loop: half a minute of compiling that buys nothing
 def lambda_return(last: Tensor, term: Tensor, reward: Tensor, boot: Tensor, disc: float = 1, lam: float = 0.95):
     """Lambda-returns of trajectories of length L: all arguments (N, L) -> (N, L-1).
 
@@ -302,6 +302,7 @@ class ReturnNorm(nn.Module):
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
 
+    @torch.compiler.disable
     @torch.no_grad()
     def update(self, returns: Tensor) -> None:
         """Move towards the percentiles of returns (any shape), interpolated between neighbors."""
@@ -790,8 +791,7 @@ def choose_device(args: Args) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 in convolutions too; torch's default is True
     torch.backends.cudnn.deterministic = args.torch_deterministic
     absent = ", CUDA is not available" if args.cuda and device.type == "cpu" else ""
-    mode = "compiled" if args.compile and not args.eval_only else "eager"
-    print(f"device: {device} ({name}), {args.precision}, {mode}{absent}")
+    print(f"device: {device} ({name}), {args.precision}{absent}")
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     return device
@@ -1089,12 +1089,12 @@ def compiled(update):
     torch._dynamo.config.cache_size_limit = 64  # shapes per function; beyond the limit it would be eager silently
     for owner, name in COMPILED:
         setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
-    calls = count()
+    first = iter([True])
 
     def call(batch: dict):
-        if next(calls):
+        if not next(first, False):
             return update(batch)
-        print("first update: compiling, which takes a minute or two the first time and seconds later", flush=True)
+        print("first update: compiling, for about a minute the first time and a few seconds later", flush=True)
         start = time.time()
         try:
             return update(batch)
