@@ -619,7 +619,7 @@ class Adapter(gym.ObservationWrapper):
             nvec = tuple(counts.ravel().tolist())
             self.action_spec, self.action_space = ActionSpec(nvec, sum(nvec)), spaces.MultiDiscrete(nvec)
         elif isinstance(space, spaces.Box):
-            no_low, no_high = ~np.isfinite(space.low), ~np.isfinite(space.high)
+            no_low, no_high = (np.abs(x.astype(float)) > 1e30 for x in (space.low, space.high))  # open sides
             self.low = np.where(no_low, np.where(no_high, -1.0, space.high - 2.0), space.low)
             self.high = np.where(no_high, self.low + 2, space.high)  # an open side is 2 away from the other
             size = math.prod(space.shape)
@@ -653,7 +653,7 @@ class Adapter(gym.ObservationWrapper):
             x = x.round() if np.issubdtype(space.dtype, np.integer) else x
         x = int(x) if isinstance(space, spaces.Discrete) else x.astype(space.dtype)
         obs, reward, *rest = self.env.step(x)
-        if not np.isfinite(np.float32(reward)):
+        if np.ndim(reward) or not np.isfinite(np.float32(reward)):
             raise ValueError(f"reward {reward} is not a finite number")
         return self.observation(obs), reward, *rest
 
@@ -686,7 +686,9 @@ def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, videos: 
         at = traceback.extract_tb(error.__traceback__)[-1]
         where = f"; try: {install}" if install and "Did you mean" not in str(error) else f" ({at.filename}:{at.lineno})"
         recorded = " with --capture-video" if videos else ""
-        return fail(f"--env-id {env_id} cannot be made{recorded}: {type(error).__name__}: {error}{where}")
+        return fail(
+            f"--env-id {env_id} cannot be made{recorded}: {type(error).__name__}: {str(error) or at.line}{where}"
+        )
 
 
 def make_envs(args: Args, videos: Path | None) -> gym.vector.VectorEnv:
@@ -891,8 +893,8 @@ class Log:
             self.returns = [*self.returns[-19:], score]
             row = f"{step},{frames},{score:g},{length},{time.time() - self.begin:.1f}\n"
             self.record(step, {"charts/episodic_return": score, "charts/episodic_length": length}, row)
-        mean = np.mean(self.returns) if self.returns else math.nan
-        self.bar.set_postfix_str(f"mean return {mean:.1f}, {updates:,} updates", refresh=False)
+        mean = f"{np.mean(self.returns):.1f}" if self.returns else "none yet"
+        self.bar.set_postfix_str(f"mean return {mean}, {updates:,} updates", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.window and step % args.log_frequency < self.num_envs:
             seconds, steps, done = np.subtract((time.time(), step, updates), self.last).tolist()
