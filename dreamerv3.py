@@ -685,10 +685,8 @@ def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, videos: 
     except Exception as error:  # a missing package, spaces that are not supported, whatever constructors raise
         at = traceback.extract_tb(error.__traceback__)[-1]
         where = f"; try: {install}" if install and "Did you mean" not in str(error) else f" ({at.filename}:{at.lineno})"
-        recorded = " with --capture-video" if videos else ""
-        return fail(
-            f"--env-id {env_id} cannot be made{recorded}: {type(error).__name__}: {str(error) or at.line}{where}"
-        )
+        what = f"{env_id} cannot be made{' with --capture-video' if videos else ''}"
+        return fail(f"--env-id {what}: {type(error).__name__}: {str(error) or at.line}{where}")
 
 
 def make_envs(args: Args, videos: Path | None) -> gym.vector.VectorEnv:
