@@ -427,13 +427,13 @@ def test_episode_windows_draw_every_step_equally_often():
 
 
 def test_a_stretch_is_used_once_when_it_is_complete():
-    replay = Replay(400, 2, FIELDS, 8, "stream")
+    replay, episodes = Replay(400, 2, FIELDS, 8, "stream"), Replay(400, 1, FIELDS, 8, "episode")
     fill(replay, 16, [1000])
     assert replay.online == {0: 8, 1: 8}
-    _, (env, time) = replay.sample(3)
-    assert env[:2, 0].tolist() == [0, 1] and time[0].tolist() == time[1].tolist() == list(range(8, 16))
+    for n, env in (1, 0), (3, 1):
+        _, index = replay.sample(n)
+        assert index[0].shape == (n, 1) and index[0][0] == env and index[1][0].tolist() == list(range(8, 16))
     assert not replay.online
-    episodes = Replay(400, 1, FIELDS, 8, "episode")
     fill(episodes, 30, [12])
     assert episodes.online == {0: 16 - 4}  # the first eight steps of the second episode; the third is too young
     fill(episodes, 500, [3])  # overwrites them
