@@ -652,9 +652,9 @@ WORDS += ["device: cuda"] if torch.cuda.is_available() else ["device: cpu", "CUD
     [
         ("--env-id CartPole-v1", 1),
         ("--env-id CartPole-v1 --num-envs 4 --replay-windows stream --capture-video", 1),
-        ("--env-id Pendulum-v1 --total-timesteps 450 --action-repeat 2 --twohot symlog --no-persist-replay", 2),
+        ("--env-id Pendulum-v1 --action-repeat 2 --twohot symlog --no-persist-replay", 2),
         ("--env-id ALE/Pong-v5 --total-timesteps 1500 --train-ratio 0.5 --save-model", 4),
-        ("--env-id test_dreamerv3:DreamerEverything-v0", 1),
+        ("--env-id test_dreamerv3:DreamerEverything-v0 --train-ratio 4", 1),
     ],
 )
 def test_a_run_trains_and_leaves_its_files(flags, frames, program, capsys, tmp_path):
