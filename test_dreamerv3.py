@@ -554,7 +554,7 @@ ACTIONS = [
     (spaces.MultiBinary(3), ActionSpec((2, 2, 2), 6), [1, 0, 1], [1, 0, 1]),
     (spaces.Box(np.array([[0.0, -4.0]]), np.array([[1.0, 8.0]])), ActionSpec((), 2), [-3.0, 0.5], [[0.0, 5.0]]),
     (spaces.Box(-3.4e38, np.inf, (2,)), ActionSpec((), 2), [-3.0, 0.25], [-1.0, 0.25]),
-    (spaces.Box(0, np.inf, (1,)), ActionSpec((), 1), [1.0], [2.0]),
+    (spaces.Box(np.array([0, -np.inf]), np.array([np.inf, 4])), ActionSpec((), 2), [1.0, -1.0], [2.0, 2.0]),
     (spaces.Box(0, 10, (1,), np.int64), ActionSpec((), 1), [0.1], [6]),
 ]
 
