@@ -228,8 +228,8 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
 
 
 def recon_loss(recon: Tensor, target: Tensor) -> Tensor:
-    """Loss of one observation key, summed over all its numbers: -> (B, T). Squared error for images,
-    which the decoder predicts in [0, 1], and for vectors in symlog space; cross-entropy for discrete keys.
+    """Loss of one observation key, summed over all its numbers: -> (B, T). Squared error for images, which the decoder
+    predicts in [0, 1], and for vectors, which it predicts in symlog space; cross-entropy for discrete keys.
     """
     if recon.ndim > target.ndim:  # logits of a discrete key
         error = F.cross_entropy(recon.flatten(0, -2), target.flatten().long(), reduction="none").view(target.shape)
@@ -277,7 +277,7 @@ def imagine_step(agent: Agent, deter: Tensor, stoch: Tensor, action: Tensor, u: 
 
 
 # === 5. Lambda-return and return range (paper: equations 6 and 7) =====================================================
-@torch.compiler.disable  # an unrolled loop: half a minute of compiling that buys nothing
+@torch.compiler.disable  # an unrolled loop takes long to compile and saves at most 2 % of an update
 def lambda_return(last: Tensor, term: Tensor, reward: Tensor, boot: Tensor, disc: float = 1, lam: float = 0.95):
     """Lambda-returns of trajectories of length L: all arguments (N, L) -> (N, L-1).
 
@@ -302,7 +302,7 @@ class ReturnNorm(nn.Module):
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # a sort: compiling has nothing to fuse
     @torch.no_grad()
     def update(self, returns: Tensor) -> None:
         """Move towards the percentiles of returns (any shape), interpolated between neighbors."""
@@ -1089,7 +1089,7 @@ def compiled(update):
     torch._dynamo.config.cache_size_limit = 64  # shapes per function; beyond the limit it would be eager silently
     for owner, name in COMPILED:
         setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
-    first = iter([True])
+    first = iter([True])  # next(first, False) is true once
 
     def call(batch: dict):
         if not next(first, False):
