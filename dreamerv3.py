@@ -205,7 +205,8 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
     the step before the first. Returns losses, each (B, T), the posterior deter (B, T, D) and stoch (B, T, S, K) with
     gradient, and further outputs: the features, entropies, and what the tests compare with the official numbers.
     """
-    obs, start = batch["obs"], (batch["deter"], batch["stoch"])
+    # the first state has a gradient, as the states of all later steps: observe_step is compiled once
+    obs, start = batch["obs"], [batch[name].detach().requires_grad_() for name in ("deter", "stoch")]
     embed = agent.encoder(obs)  # (B, T, E)
     # h: (B, T, D), z: (B, T, S, K), and the logits of the posterior (B, T, S, K) that z is a sample of
     deter, stoch, post = agent.rssm.observe(*start, batch["prev_action"], embed, batch["is_first"])
@@ -659,10 +660,9 @@ class Adapter(gym.ObservationWrapper):
 
 
 def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, videos: Path | None = None, **record):
-    """One environment as an Adapter, with episode statistics; videos: a folder for recorded episodes; record: options
-    of Gymnasium's RecordVideo. Exits with one line when it cannot be made. Atari ids get frame skip 4 or action_repeat
-    with max-pooling exactly once, RGB images and up to 30 no-ops after a reset; no reward clipping, no end at lost
-    lives, stickiness as the id says."""
+    """One environment as an Adapter, with episode statistics; videos: a folder for RecordVideo, record: its options.
+    Exits with one line when it cannot be made. Atari ids get frame skip 4 or action_repeat with max-pooling, RGB images
+    and up to 30 no-ops after a reset; no reward clipping, no end at lost lives, stickiness as the id says."""
     if multiprocessing.parent_process():
         os.setpgid(0, 0)  # Ctrl-C and launchers signal a whole process group: the training process decides
     module, install = next((entry for prefix, entry in PACKAGES.items() if env_id.startswith(prefix)), ("ale_py", ""))
