@@ -1094,7 +1094,7 @@ def compiled(update):
     def call(batch: dict):
         if not next(first, False):
             return update(batch)
-        print("first update: compiling, for about a minute the first time and a few seconds later", flush=True)
+        print("first update: compiling, one or two minutes the first time and a few seconds later", flush=True)
         start = time.time()
         try:
             return update(batch)

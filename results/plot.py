@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 SUITES = {  # figure -> environments, with the authors' mean return after so many environment steps
     "parity": {"CartPole-v1__parity": {}},
+    "demo": {"CartPole-v1__demo": {}},
     "classic_control": {"CartPole-v1__seed": {}},
     "dm_control": {f"dm_control-{x}-v0": {} for x in ("finger-spin", "reacher-easy", "ball_in_cup-catch")}
     | {f"dm_control-{x}-v0": {} for x in ("cartpole-balance", "walker-walk")},
@@ -54,7 +55,7 @@ def compare(folder: Path, until: int) -> None:
 def draw(folder: Path) -> None:
     """Draw every suite that has logs in the folder, `{environment}__{run}.csv`, into it."""
     for suite, tasks in SUITES.items():
-        logs = {task: sorted(folder.glob(f"{task}_*.csv")) for task in tasks}
+        logs = {task: sorted(folder.glob(f"{task}*.csv")) for task in tasks}
         logs = {task: paths for task, paths in logs.items() if paths}
         if not logs:
             continue
