@@ -205,7 +205,7 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, T
     the step before the first. Returns losses, each (B, T), the posterior deter (B, T, D) and stoch (B, T, S, K) with
     gradient, and further outputs: the features, entropies, and what the tests compare with the official numbers.
     """
-    # the first state has a gradient, as the states of all later steps: observe_step is compiled once
+    # (B, D) and (B, S, K), with a gradient as the states of all later steps have: observe_step is compiled once
     obs, start = batch["obs"], [batch[name].detach().requires_grad_() for name in ("deter", "stoch")]
     embed = agent.encoder(obs)  # (B, T, E)
     # h: (B, T, D), z: (B, T, S, K), and the logits of the posterior (B, T, S, K) that z is a sample of
