@@ -557,9 +557,9 @@ def main(argv: list[str] | None = None) -> None:
     log.writer.close()
     if args.track and videos:
         import_module("wandb").save(f"{videos}/*/*.mp4", policy="now")
-    if stop.code:
+    if status := stop.code or stop.agreed:
         print(f"stopped at step {global_step:,}; continue with: python dreamerv3.py --resume {folder}")
-    sys.exit(stop.code or int(not saved))  # an int: wandb does not take a bool
+    sys.exit(status or int(not saved))  # an int: wandb does not take a bool
 
 
 # ############### Nothing below is needed to understand the algorithm: it is what a program needs besides. #############
@@ -801,7 +801,7 @@ class Stop:
     """SIGINT and SIGTERM let the current step finish and the run be saved; a second one exits at once."""
 
     def __init__(self):
-        self.code = 0  # exit status: 128 + signal number
+        self.code = self.agreed = 0  # exit status: 128 + signal number; the one that all ranks agreed on
         signal.signal(signal.SIGINT, self.handle)
         signal.signal(signal.SIGTERM, self.handle)
 
@@ -812,9 +812,9 @@ class Stop:
         print("\nstopping: finishing this step and saving; once more to exit at once", flush=True)
 
     def now(self) -> int:
-        """The exit status as soon as any rank is to stop, else 0."""
-        self.code = max_over_ranks(self.code)
-        return self.code
+        """The exit status as soon as any rank is to stop, else 0. After that no rank waits for another here."""
+        self.agreed = self.agreed or max_over_ranks(self.code)
+        return self.agreed
 
 
 def make_replay(args: Args, specs: dict, action: ActionSpec, folder: Path, resumed: dict, rank: int) -> Replay:

@@ -287,9 +287,8 @@ def test_what_cannot_be_captured_or_compiled_runs_as_it_is(capsys, monkeypatch):
     for function in (dreamerv3.Graph(torch.neg), dreamerv3.compiled(lambda x: -networks.symlog(x).sign())):
         assert [function(torch.ones(()) * i) for i in (0, 1, 1, 1)] == [0, -1, -1, -1]
     torch.compiler.set_stance("default")
-    words = ["cannot capture a CUDA graph, going on without: ", "cannot compile, going on in eager mode: "]
     out = capsys.readouterr().out
-    assert [out.count(x) for x in words] == [1, 1]
+    assert [out.count(f"cannot {x}, going on ") for x in ("capture a CUDA graph", "compile")] == [1, 1]
 
 
 # === the time line ====================================================================================================
@@ -311,7 +310,7 @@ class Chain(gym.Env):
     def step(self, action):
         assert action in self.action_space
         self.position, self.steps = self.position + 1, self.steps + 1
-        fails, end = self.fault if self.steps == 50 else "", self.position == 5
+        fails, end = self.fault * (self.steps == 50 and os.environ.get("RANK") != "0"), self.position == 5
         if fails == "dies":
             os._exit(1)
         obs = np.full(1, math.nan if fails == "nan" else self.position, np.float32)
@@ -926,8 +925,7 @@ def test_a_dream_is_the_posterior_then_the_prior_alone(argmax_sampling, tmp_path
     batch["is_first"][0, 6] = True
     obs, action, dream = batch["obs"], batch["prev_action"], dreamerv3.open_loop(agent, batch, context=3)
     with torch.no_grad():
-        embed = agent.encoder(obs)
-        seen = agent.rssm.observe(batch["deter"], batch["stoch"], action, embed, batch["is_first"])
+        seen = agent.rssm.observe(batch["deter"], batch["stoch"], action, agent.encoder(obs), batch["is_first"])
         states = [(seen[0][:, t], seen[1][:, t]) for t in range(3)]
         for t in range(3, 8):
             before = [x.clone() for x in (*states[-1], action[:, t])]
@@ -1251,6 +1249,8 @@ def test_torchrun_trains_logs_once_and_resumes(tmp_path):
     text = output(f"--resume {folder} --total-timesteps 160")
     assert text.count("resumed at step 150 after 9 updates") == 1
     assert torch.load(folder / "checkpoint.pt")["updates"] == 12 and len(scalars(folder)["charts/updates"]) > 0
+    output(f"{FAST} --env-id test_dreamerv3:Dreamer-nan-v0 --train-ratio 64 --exp-name fails")  # in process 1 alone
+    assert torch.load(next(tmp_path.glob("runs/*fails*/checkpoint.pt")))["global_step"] == 2 * 59  # process 0 saved
 
 
 # === the README's environments ========================================================================================
