@@ -91,17 +91,17 @@ class Replay:
             if start >= self._oldest()[env]:
                 envs.append(env)
                 starts.append(start)
-        env, time, over = self._draw(batch_size - len(envs))
+        env, time, restart = self._draw(batch_size - len(envs))
         online = np.array(starts, np.int64)[:, None] + np.arange(self.length)
         env = np.concatenate([np.array(envs, np.int64), env])[:, None]  # (B, 1)
         time = np.concatenate([online, time])  # (B, T)
-        over = np.concatenate([np.zeros(online.shape, bool), over])
+        restart = np.concatenate([np.zeros(online.shape, bool), restart])
         slot, before = time % self.slots, (time - 1) % self.slots
         batch = {k: v[env, slot] for k, v in self.data.items() if k not in ("action", "deter", "stoch")}
         batch["prev_action"] = self.data["action"][env, before]
         batch["deter"] = self.data["deter"][env[:, 0], before[:, 0]]
         batch["stoch"] = self.data["stoch"][env[:, 0], before[:, 0]]
-        batch["is_first"] |= over
+        batch["is_first"] |= restart
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]  # seams: the next step is not this one's successor
         return batch, (env, time)
 
@@ -146,7 +146,7 @@ class Replay:
     def _oldest(self) -> np.ndarray:
         """(num_envs,) first step to train on: one whose predecessor is gone serves only as a starting latent."""
         oldest = max(0, self.now - self.kept)
-        return oldest + ~(self.data["is_first"][:, oldest % self.slots] | (oldest == 0))
+        return np.where(self.data["is_first"][:, oldest % self.slots], oldest, oldest + 1)
 
     def _extend_episodes(self, now: int, is_first: np.ndarray) -> None:
         """Episode index: number of each step's episode; first and one-past-last step of each number (modulo slots)."""
