@@ -73,7 +73,7 @@ from replay import Replay
 @dataclass
 class Args:
     exp_name: str = "dreamerv3"  # the name of this experiment
-    seed: int = 1  # of the experiment; environment i gets seed + i, process r of torchrun 1000 r more
+    seed: int = 1  # environment i gets seed + i, in process r of torchrun 1000 r more, when resumed the step more
     torch_deterministic: bool = True  # sets torch.backends.cudnn.deterministic
     cuda: bool = True  # use CUDA when it is present
     track: bool = False  # send everything that TensorBoard gets to Weights & Biases too
@@ -146,14 +146,14 @@ class Agent(nn.Module):
     def __init__(self, specs: dict[str, ObsSpec], action: ActionSpec, size: Size, args: Args):
         super().__init__()
         self.specs, self.action, self.size = specs, action, size
-        feat = size.deter + size.groups * size.classes
+        width = size.deter + size.groups * size.classes  # F
         self.encoder = Encoder(specs, size)
         self.rssm = RSSM(self.encoder.embed_size, action.size, size, args.unimix)
         self.decoder = Decoder(specs, size)
-        self.reward = head(feat, size.units, 1, args.bins, outscale=0.0)
-        self.cont = head(feat, size.units, 1, 1)
-        self.actor = Actor(feat, size.units, action, args.actor_unimix)
-        self.critic = head(feat, size.units, 3, args.bins, outscale=0.0)
+        self.reward = head(width, size.units, layers=1, outputs=args.bins, outscale=0.0)
+        self.cont = head(width, size.units, layers=1, outputs=1)
+        self.actor = Actor(width, size.units, action, args.actor_unimix)
+        self.critic = head(width, size.units, layers=3, outputs=args.bins, outscale=0.0)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.twohot = TwoHot(args.bins, args.twohot)
         self.return_norm = ReturnNorm()
@@ -165,8 +165,8 @@ class Agent(nn.Module):
 
 def get_feat(deter: Tensor, stoch: Tensor) -> Tensor:
     """(…, D), (…, S, K) -> (…, F), for all heads but the decoder; cast once, not in every head."""
-    half = torch.is_autocast_enabled("cuda" if deter.is_cuda else "cpu")
-    return torch.cat([deter, stoch.flatten(-2)], -1).to(torch.bfloat16 if half else torch.float32)
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cuda" if deter.is_cuda else "cpu") else torch.float32
+    return torch.cat([deter, stoch.flatten(-2)], -1).to(dtype)
 
 
 def encode_action(action: Tensor, spec: ActionSpec) -> Tensor:
@@ -186,9 +186,8 @@ def decode_action(action: Tensor, spec: ActionSpec) -> Tensor:
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # never compiled: its batches are small
 def policy(agent: Agent, obs: dict[str, Tensor], state: tuple, is_first: Tensor) -> tuple[Tensor, tuple]:
-    """Act in N environments: obs key -> (N, …), is_first (N,) bool, state (deter, stoch, action) of the step before.
-
-    Returns the sampled action (N, A) and the new state. `agent.rssm.initial(N)` and zeros (N, A) are a first state.
+    """Act in N environments, in float32: obs key -> (N, …), is_first (N,), state (deter, stoch, action) of the step
+    before; `agent.rssm.initial(N)` and zeros (N, A) are a first one. Returns the sampled action (N, A) and a new state.
     """
     deter, stoch, action = state
     u = torch.rand(*stoch.shape[:2], device=stoch.device)  # (N, S), samples z
@@ -198,34 +197,32 @@ def policy(agent: Agent, obs: dict[str, Tensor], state: tuple, is_first: Tensor)
 
 
 # === 3. World-model loss (paper: equations 2 to 5) ====================================================================
-def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict[str, Tensor], Tensor, Tensor, dict]:
+def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict, Tensor, Tensor, Tensor, dict]:
     """Losses of the world model on replayed sequences.
 
-    batch: obs key -> (B, T, …), prev_action (B, T, A), reward and flags (B, T), deter (B, D) and stoch (B, S, K) of
-    the step before the first. Returns losses, each (B, T), the posterior deter (B, T, D) and stoch (B, T, S, K) with
-    gradient, and further outputs: the features, entropies, and what the tests compare with the official numbers.
+    batch: "obs" a dict of (B, T, …), prev_action (B, T, A), reward, is_first, is_last and is_terminal (B, T), deter
+    (B, D) and stoch (B, S, K) of the step before the first. Returns losses, each (B, T), the posterior deter (B, T, D)
+    and stoch (B, T, S, K) and the features (B, T, F), all three with gradient, and metrics.
     """
-    # (B, D) and (B, S, K), with a gradient as the states of all later steps have: observe_step is compiled once
-    obs, start = batch["obs"], [batch[name].detach().requires_grad_() for name in ("deter", "stoch")]
-    embed = agent.encoder(obs)  # (B, T, E)
+    # the gradients of these leaves are not used: step 0 is to look to torch.compile as the later steps do
+    start = [batch[name].detach().requires_grad_() for name in ("deter", "stoch")]  # (B, D), (B, S, K)
+    embed = agent.encoder(batch["obs"])  # (B, T, E)
     # h: (B, T, D), z: (B, T, S, K), and the logits of the posterior (B, T, S, K) that z is a sample of
     deter, stoch, post = agent.rssm.observe(*start, batch["prev_action"], embed, batch["is_first"])
     prior = agent.rssm.prior(deter).float()  # (B, T, S, K), logits of the prior: a prediction of z from h alone
     feat = get_feat(deter, stoch)  # (B, T, F)
-    reward = agent.reward(feat)  # (B, T, V)
-    cont = agent.cont(feat).squeeze(-1).float()  # (B, T)
     recon = agent.decoder(deter, stoch)  # key -> (B, T, …)
+    reward_logits = agent.reward(feat)  # (B, T, V)
+    cont_logit = agent.cont(feat).squeeze(-1).float()  # (B, T)
+    cont_target = (~batch["is_terminal"]).float() * args.gamma  # (B, T): imagination needs no other discount
 
-    discount = (~batch["is_terminal"]).float() * args.gamma  # (B, T), so that imagination needs no other discount
     losses = {
-        "recon": sum(recon_loss(recon[key], obs[key]) for key in recon),
-        "reward": agent.twohot.loss(reward, batch["reward"]),
-        "continue": F.binary_cross_entropy_with_logits(cont, discount, reduction="none"),
+        "recon": sum(recon_loss(recon[key], batch["obs"][key]) for key in recon),
+        "reward": agent.twohot.loss(reward_logits, batch["reward"]),
+        "continue": F.binary_cross_entropy_with_logits(cont_logit, cont_target, reduction="none"),
     }
-    kl, entropy = kl_losses(post, prior, args)
-    outputs = {"feat": feat, "embed": embed, "post": post, "prior": prior, "entropy": entropy}
-    outputs |= {"reward": reward, "cont": cont, "recon": recon}
-    return losses | kl, deter, stoch, outputs
+    kl, metrics = kl_losses(post, prior, args)
+    return losses | kl, deter, stoch, feat, metrics
 
 
 def recon_loss(recon: Tensor, target: Tensor) -> Tensor:
@@ -236,7 +233,7 @@ def recon_loss(recon: Tensor, target: Tensor) -> Tensor:
         error = F.cross_entropy(recon.flatten(0, -2), target.flatten().long(), reduction="none").view(target.shape)
     else:
         error = (recon - (target.float() / 255 if target.dtype == torch.uint8 else symlog(target))).square()
-    return error.flatten(2).sum(-1) if error.ndim > 2 else error
+    return error.reshape(*error.shape[:2], -1).sum(-1)
 
 
 def kl_losses(post_logits: Tensor, prior_logits: Tensor, args: Args) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -272,7 +269,7 @@ def imagine(agent: Agent, deter: Tensor, stoch: Tensor, horizon: int) -> tuple[T
 def imagine_step(agent: Agent, deter: Tensor, stoch: Tensor, action: Tensor, u: Tensor, noise: Tensor):
     """State (N, D), (N, S, K) and action (N, A) -> deter, stoch, feat (N, F) and action (N, A) of the next step.
     Noise is passed in so that compiled and plain functions use the same numbers."""
-    deter, stoch = agent.rssm.imagine_step(deter, stoch, action, u)
+    deter, stoch = agent.rssm.predict_step(deter, stoch, action, u)
     feat = get_feat(deter, stoch)
     return deter, stoch, feat, agent.actor(feat).sample(noise)
 
@@ -291,7 +288,7 @@ def lambda_return(last: Tensor, term: Tensor, reward: Tensor, boot: Tensor, disc
     for t in reversed(range(reward.shape[1] - 1)):
         future = (1 - trace[:, t + 1]) * boot[:, t + 1] + trace[:, t + 1] * returns[-1]
         returns.append(reward[:, t + 1] + live[:, t + 1] * future)
-    return torch.stack(returns[:0:-1], 1)  # in the order of time, without R[L-1]
+    return torch.stack(returns[1:][::-1], 1)  # in the order of time, without R[L-1]
 
 
 class ReturnNorm(nn.Module):
@@ -326,7 +323,6 @@ def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args) ->
     with torch.no_grad():
         reward = agent.twohot.mean(agent.reward(feat))  # (N, H+1)
         cont = agent.cont(feat).squeeze(-1).float().sigmoid()  # (N, H+1), the discount is in it
-        slow_value = agent.twohot.mean(agent.slow_critic(feat))  # (N, H+1)
     value_logits = agent.critic(feat)  # (N, H+1, V)
     value = agent.twohot.mean(value_logits.detach())  # (N, H+1), bootstraps returns; the slow critic only regularizes
     weight = cont.cumprod(1)[:, :-1]  # (N, H), cont[0] * … * cont[h]: the discounted probability to get past state h
@@ -338,26 +334,29 @@ def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args) ->
     pi = agent.actor(feat[:, :-1])
     entropy = pi.entropy()  # (N, H)
     actor_loss = -weight * (pi.log_prob(action[:, :-1]) * advantage + args.ent_coef * entropy)  # (N, H)
-    critic_loss = agent.twohot.loss(value_logits[:, :-1], returns)  # (N, H)
-    critic_loss = critic_loss + args.slow_critic_scale * agent.twohot.loss(value_logits[:, :-1], slow_value[:, :-1])
-    losses = {"actor": actor_loss.mean(1), "critic": (weight * critic_loss).mean(1)}
+    losses = {"actor": actor_loss, "critic": weight * critic_loss(agent, feat, value_logits, returns, args)}  # (N, H)
     metrics = {"return_mean": returns, "return_scale": agent.return_norm.scale, "advantage_mag": advantage.abs()}
     metrics |= {"value_mean": value, "reward_mean": reward, "continue_mean": cont, "actor_entropy": entropy.detach()}
+    losses = {name: x.mean(1) for name, x in losses.items()}  # (N,)
     return losses, returns, {f"behavior/{name}": x.mean() for name, x in metrics.items()}
 
 
 def replay_critic_loss(agent: Agent, feat: Tensor, batch: dict, boot: Tensor, args: Args) -> Tensor:
     """Critic loss on replayed trajectories: feat (B, T, F) with gradient into the world model, boot (B, T) the imagined
     return from every state -> (B, T-1)."""
-    feat = feat[:, :-1]  # the last step of a sequence has no return
+    steps = {"last": batch["is_last"], "term": batch["is_terminal"], "reward": batch["reward"], "boot": boot}
+    returns = lambda_return(**steps, disc=args.gamma, lam=args.return_lambda)  # (B, T-1)
+    weight = (~batch["is_last"][:, :-1]).float()  # (B, T-1), a last step has no successor in its episode
+    return weight * critic_loss(agent, feat, agent.critic(feat), returns, args)
+
+
+def critic_loss(agent: Agent, feat: Tensor, logits: Tensor, returns: Tensor, args: Args) -> Tensor:
+    """Loss of the critic's logits (N, L, V) on feat (N, L, F), against the returns (N, L-1) and the slow critic: ->
+    (N, L-1), since the last state has no return."""
     with torch.no_grad():
-        slow_value = agent.twohot.mean(agent.slow_critic(feat))  # (B, T-1)
-    ends = batch["is_last"], batch["is_terminal"]
-    returns = lambda_return(*ends, batch["reward"], boot, args.gamma, args.return_lambda)  # (B, T-1)
-    value_logits = agent.critic(feat)  # (B, T-1, V)
-    critic_loss = agent.twohot.loss(value_logits, returns)
-    critic_loss = critic_loss + args.slow_critic_scale * agent.twohot.loss(value_logits, slow_value)
-    return (~batch["is_last"][:, :-1]).float() * critic_loss  # a last step has no successor in its episode
+        slow_value = agent.twohot.mean(agent.slow_critic(feat))[:, :-1]  # (N, L-1)
+    logits = logits[:, :-1]
+    return agent.twohot.loss(logits, returns) + args.slow_critic_scale * agent.twohot.loss(logits, slow_value)
 
 
 # === 7. Optimizer: LaProp with adaptive gradient clipping =============================================================
@@ -398,10 +397,10 @@ class LaProp(torch.optim.Optimizer):
         torch._foreach_add_(scale, group["eps"])
         torch._foreach_div_(grads, scale)
         torch._foreach_lerp_(means, grads, 1 - beta1)
-        updates = torch._foreach_mul(means, -rate / (1 - beta1 ** (done + 1)))
-        torch._foreach_add_(params, updates)
+        deltas = torch._foreach_mul(means, -rate / (1 - beta1 ** (done + 1)))
+        torch._foreach_add_(params, deltas)
 
-        root, update_norms = sum(p.numel() for p in params) ** 0.5, torch.stack(torch._foreach_norm(updates))
+        root, update_norms = sum(p.numel() for p in params) ** 0.5, torch.stack(torch._foreach_norm(deltas))
         rms = {"optim/update_rms": update_norms.norm() / root, "optim/param_rms": norms.norm() / root}
         return {"optim/grad_norm": grad_norms.norm(), "charts/learning_rate": rate} | rms
 
@@ -412,21 +411,21 @@ def loss(agent: Agent, batch: dict, args: Args) -> tuple[Tensor, tuple[Tensor, T
     (B, T, D) and stoch (B, T, S, K), and metrics; latents and metrics are detached."""
     half = args.precision == "bfloat16"
     with torch.autocast(batch["reward"].device.type, torch.bfloat16) if half else nullcontext():
-        losses, deter, stoch, outputs = world_model_loss(agent, batch, args)
+        losses, deter, stoch, feat, metrics = world_model_loss(agent, batch, args)
         # imagination starts from all B*T posterior states, detached: losses on imagined states do not train the model
         starts = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)  # (N, D), (N, S, K)
-        feat, action = imagine(agent, *starts, args.imagination_horizon)  # (N, H+1, F), (N, H+1, A)
-        behavior_losses, returns, metrics = actor_critic_loss(agent, feat, action, args)
+        imagined, action = imagine(agent, *starts, args.imagination_horizon)  # (N, H+1, F), (N, H+1, A)
+        behavior_losses, returns, behavior_metrics = actor_critic_loss(agent, imagined, action, args)
         boot = returns[:, 0].unflatten(0, deter.shape[:2])  # (B, T)
         # this loss, on replayed states, does send a gradient into the world model, through the features
-        replay_critic = replay_critic_loss(agent, outputs["feat"], batch, boot, args)  # (B, T-1)
+        replay_critic = replay_critic_loss(agent, feat, batch, boot, args)  # (B, T-1)
     losses |= behavior_losses | {"replay_critic": replay_critic}
     losses = {name: value.mean() for name, value in losses.items()}
     scales = {"recon": args.pred_scale, "reward": args.pred_scale, "continue": args.pred_scale}
     scales |= {"dyn": args.dyn_scale, "rep": args.rep_scale, "replay_critic": args.replay_critic_scale}
     total = sum(scales.get(name, 1.0) * value for name, value in losses.items())
-    metrics |= {f"losses/{name}": value.detach() for name, value in (losses | {"total": total}).items()}
-    return total, (deter.detach(), stoch.detach()), metrics | outputs["entropy"]
+    metrics |= behavior_metrics | {f"losses/{name}": x.detach() for name, x in (losses | {"total": total}).items()}
+    return total, (deter.detach(), stoch.detach()), metrics
 
 
 def train_step(agent: Agent, optimizer: LaProp, batch: dict, args: Args) -> tuple[tuple[Tensor, Tensor], dict]:
@@ -438,6 +437,22 @@ def train_step(agent: Agent, optimizer: LaProp, batch: dict, args: Args) -> tupl
     with torch.no_grad():  # slow = (1 - tau) * slow + tau * critic
         torch._foreach_lerp_(list(agent.slow_critic.parameters()), list(agent.critic.parameters()), args.tau)
     return latents, metrics
+
+
+def stored_latents(deter: Tensor, stoch: Tensor) -> dict[str, np.ndarray]:
+    """deter (…, D), stoch (…, S, K) as the replay buffer keeps them: float16, and class indices as uint8."""
+    return {"deter": deter.half().cpu().numpy(), "stoch": stoch.argmax(-1).byte().cpu().numpy()}
+
+
+def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.device) -> dict:
+    """A sampled batch as train_step takes it. Copies to a GPU are asynchronous, from pinned memory."""
+    out = {key: torch.from_numpy(x) for key, x in batch.items()}
+    if device.type == "cuda":
+        out = {key: x.pin_memory().to(device, non_blocking=True) for key, x in out.items()}
+    out["obs"] = {key[4:]: out.pop(key) for key in batch if key.startswith("obs/")}
+    out["prev_action"] = encode_action(out["prev_action"], agent.action)  # (B, T, A)
+    out["deter"], out["stoch"] = out["deter"].float(), one_hot(out["stoch"], agent.size.classes)  # (B, D), (B, S, K)
+    return out
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -465,6 +480,7 @@ def main(argv: list[str] | None = None) -> None:
     agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
     optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
     parts = {"agent": agent, "optimizer": optimizer, "replay": replay}
+    # in a new run 0, 0, 0 and --learning-starts
     global_step, updates, owed, train_after = resume_run(args, resumed, parts, rank, all_envs, steps_per_update)
     print(f"environment: {args.env_id}, {specs} -> {action_spec}")
     print(f"size: {args.size}, {sum(p.numel() for p in agent.trained()):,} trained parameters")
@@ -484,14 +500,14 @@ def main(argv: list[str] | None = None) -> None:
 
     def save() -> bool:
         """Write a checkpoint; says whether that worked."""
-        log.means(global_step)  # for its check: with a loss that is not finite, no checkpoint is written
+        log.means(global_step)  # ends the program when a loss is not finite: no checkpoint then
         counters = {"global_step": global_step, "updates": updates, "owed": owed, "seconds": time.time() - log.begin}
         return rank > 0 or save_run(folder, args, agent, optimizer, replay, counters)
 
     def abort() -> str:
         """End the run because an environment failed; says what was done."""
         stop.code = stop.code or 1
-        stop.now()  # what the other ranks wait for, if there are any
+        stop.now()  # tells the other ranks, if there are any
         envs.closed = True  # closing what is broken may fail again; worker processes end with this one
         log.bar.close()
         return f"failed at step {global_step}, {'saved' if save() else 'could not save'} {folder}"
@@ -535,8 +551,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.video_frequency and updates % args.video_frequency == 0 and not rank:
                 with suppress(OSError):  # a full disk is no reason to stop
                     write_dream(agent, batch, folder, log.writer, global_step, updates)
-            if owed > 1 + all_envs / steps_per_update and updates % 500 == 0:  # many are owed, after a kill
-                save()
+            if owed > 1 + all_envs / steps_per_update and updates % 500 == 0:
+                save()  # more than one step's updates are owed only after a kill: save on the way
                 log.step(global_step, updates, {})
         log.updating += time.time() - started
 
@@ -832,27 +848,11 @@ def make_replay(args: Args, specs: dict, action: ActionSpec, folder: Path, resum
         return Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, seed, where)
 
 
-def stored_latents(deter: Tensor, stoch: Tensor) -> dict[str, np.ndarray]:
-    """deter (…, D), stoch (…, S, K) as the replay buffer keeps them: float16, and class indices as uint8."""
-    return {"deter": deter.half().cpu().numpy(), "stoch": stoch.argmax(-1).byte().cpu().numpy()}
-
-
-def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.device) -> dict:
-    """A sampled batch as train_step takes it. Copies to a GPU are asynchronous, from pinned memory."""
-    out = {key: torch.from_numpy(x) for key, x in batch.items()}
-    if device.type == "cuda":
-        out = {key: x.pin_memory().to(device, non_blocking=True) for key, x in out.items()}
-    out["obs"] = {key[4:]: out.pop(key) for key in batch if key.startswith("obs/")}
-    out["prev_action"] = encode_action(out["prev_action"], agent.action)  # (B, T, A)
-    out["deter"], out["stoch"] = out["deter"].float(), one_hot(out["stoch"], agent.size.classes)  # (B, D), (B, S, K)
-    return out
-
-
 class Log:
     """TensorBoard, episodes.csv and a progress bar. A full disk costs the records, not the run; checkpoints warn."""
 
-    def __init__(self, folder, args, rank, num_envs, repeat, step: int, updates: int, seconds: float):
-        self.args, self.num_envs, self.repeat, self.folder, self.returns = args, num_envs, repeat, folder, []
+    def __init__(self, folder, args, rank, all_envs, repeat, step: int, updates: int, seconds: float):
+        self.args, self.all_envs, self.repeat, self.folder, self.returns = args, all_envs, repeat, folder, []
         self.begin, self.last = time.time() - seconds, (time.time(), step, updates)  # at the last record of metrics
         self.metrics, self.window, self.updating = {}, [], 0.0  # of all updates since then
         wait = 0.5 if sys.stderr.isatty() else 20
@@ -894,9 +894,9 @@ class Log:
         mean = f"{np.mean(self.returns):.1f}" if self.returns else "none yet"
         self.bar.set_postfix_str(f"mean return {mean}, {updates:,} updates", refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.window and step % args.log_frequency < self.num_envs:
+        if self.window and step % args.log_frequency < self.all_envs:
             seconds, steps, done = np.subtract((time.time(), step, updates), self.last).tolist()
-            replayed = updates * args.batch_size * args.batch_length * self.num_envs // args.num_envs  # by all ranks
+            replayed = updates * args.batch_size * args.batch_length * self.all_envs // args.num_envs  # by all ranks
             charts = {"SPS": steps / seconds, "updates_per_second": done / seconds, "train_ratio": replayed / step}
             charts |= {"updates": updates, "frames": frames, "time_share_update": self.updating / seconds}
             self.record(step, self.means(step) | {f"charts/{name}": x for name, x in charts.items()})
@@ -961,12 +961,12 @@ def load_checkpoint(path: Path, keys: list[str] = CHECKPOINT) -> tuple[Args, dic
     return fail(f"--resume {path} holds no good checkpoint of a run: {', '.join(problems) or 'there is none'}")
 
 
-def resume_run(args: Args, state: dict, parts: dict, rank: int, num_envs: int, steps_per_update: float) -> tuple:
+def resume_run(args: Args, state: dict, parts: dict, rank: int, all_envs: int, steps_per_update: float) -> tuple:
     """Load a checkpoint, if there is one, into agent, optimizer and replay (parts), and set the random state: ->
     global_step, updates, updates owed, and the step after which updates begin."""
     replay = parts.pop("replay") if rank else parts["replay"]  # other ranks keep their own random stream
     global_step, updates, owed = (state.get(name, 0) for name in ("global_step", "updates", "owed"))
-    stored = -max_over_ranks(-replay.now) * num_envs  # by all ranks
+    stored = -max_over_ranks(-replay.now) * all_envs  # by all ranks
     missing = max(0, args.learning_starts - stored)
     if state:
         with exit_on_error("--resume names a run of other spaces or another size", KeyError, RuntimeError, ValueError):
@@ -1079,7 +1079,7 @@ def write_dream(agent: Agent, batch: dict, folder: Path, writer: SummaryWriter, 
 
 
 # functions of one step, small ones: the loops over steps would compile for ten minutes
-COMPILED = [(networks.RSSM, "observe_step"), (networks.RMSNorm, "channels"), (networks, "scale_pixels")]
+COMPILED = [(networks.RSSM, "observe_step"), (networks.NormSiLU, "on_maps"), (networks, "scale_pixels")]
 COMPILED += [(sys.modules[__name__], x) for x in ("kl_losses", "recon_loss", "imagine_step", "actor_critic_loss")]
 
 
@@ -1110,15 +1110,14 @@ def compiled(update):
 
 class Graph:
     """A function of GPU tensors, launched as one graph, since launching a kernel takes longer than most of them run.
-    The first call runs the function, which loads its kernels; the second captures the graph, for inputs of its shapes.
+    The first call runs the function, which loads its kernels; the next captures the graph, for inputs of its shapes.
     What a call returns is overwritten by the next one. Where capturing fails, the function itself goes on."""
 
     def __init__(self, function):
         self.function, self.graph, self.calls = function, None, 0
 
     def __call__(self, *inputs):
-        self.calls += 1
-        if self.calls == 2:
+        if self.calls == 1:
             try:
                 self.inputs, graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
@@ -1127,7 +1126,8 @@ class Graph:
             except RuntimeError as error:
                 print(f"cannot capture a CUDA graph, going on without: {str(error)[:200]!r}", flush=True)
         if self.graph is None:
-            return self.function(*inputs)
+            outputs, self.calls = self.function(*inputs), self.calls + 1  # a first call that raises does not count
+            return outputs
         tree_map(Tensor.copy_, self.inputs, inputs)
         self.graph.replay()
         return self.outputs

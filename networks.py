@@ -237,7 +237,7 @@ class BlockLinear(nn.Module):
 
 
 def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """conv5 applied to x upsampled 2x (nearest): (N, C, h, w) -> (N, C', 2h, 2w), channels last in memory.
+    """conv(F.interpolate(x, scale_factor=2)) for a conv5: (N, C, h, w) -> (N, C', 2h, 2w), channels last in memory.
 
     Computed on the small map. An output pixel sees only 3x3 different inputs, so each of the four pixels that one input
     becomes is a 3x3 convolution whose weights are sums of the 5x5 weights. Exact, with 36 % of the multiplications.
@@ -260,8 +260,8 @@ def scale_pixels(x: Tensor) -> Tensor:
     return (x.float() / 255 - 0.5).permute(0, 3, 1, 2)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, then SiLU: (…, C) -> (…, C). Computed in float32."""
+class NormSiLU(nn.Module):
+    """RMSNorm, x / rms(x) * scale over the last axis, then SiLU: (…, C) -> (…, C). Computed in float32."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -272,14 +272,14 @@ class RMSNorm(nn.Module):
         y = y * (y.square().mean(-1, keepdim=True) + 1e-4).rsqrt() * self.scale
         return F.silu(y).to(x.dtype)
 
-    def channels(self, x: Tensor) -> Tensor:
+    def on_maps(self, x: Tensor) -> Tensor:
         """The same over the channels of maps (N, C, h, w) that are channels-last in memory."""
         return self(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def dense(inputs: int, outputs: int) -> nn.Sequential:
     """Linear, RMSNorm, SiLU."""
-    return nn.Sequential(linear(inputs, outputs), RMSNorm(outputs))
+    return nn.Sequential(linear(inputs, outputs), NormSiLU(outputs))
 
 
 def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
@@ -334,7 +334,7 @@ class Encoder(nn.Module):
             height, width, _ = specs[self.images[0]].shape
             channels = [sum(specs[k].shape[2] for k in self.images), *(size.depth * m for m in (2, 3, 4, 4))]
             self.convs = nn.ModuleList(conv5(i, o) for i, o in pairwise(channels))
-            self.norms = nn.ModuleList(RMSNorm(c) for c in channels[1:])
+            self.norms = nn.ModuleList(NormSiLU(c) for c in channels[1:])
             self.embed_size += (height // 16) * (width // 16) * channels[-1]
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
@@ -350,7 +350,7 @@ class Encoder(nn.Module):
             lead = x.shape[:-3]
             x = scale_pixels(x.flatten(0, -4))  # (N, C, h, w)
             for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = norm.channels(F.max_pool2d(conv(x), 2))  # (N, C', h/2, w/2)
+                x = norm.on_maps(F.max_pool2d(conv(x), 2))  # (N, C', h/2, w/2)
             parts.append(x.permute(0, 2, 3, 1).flatten(1).unflatten(0, lead))  # (…, h/16 * w/16 * C)
         return torch.cat(parts, -1)  # (…, E)
 
@@ -367,7 +367,7 @@ class RSSM(nn.Module):
         deter, hidden, flat = size.deter, size.hidden, size.groups * size.classes
         self.in_deter, self.in_stoch, self.in_action = (dense(n, hidden) for n in (deter, flat, action))
         self.hid = BlockLinear(deter, deter, size.blocks, shared=3 * hidden)
-        self.hid_norm = RMSNorm(deter)
+        self.hid_norm = NormSiLU(deter)
         self.gru = BlockLinear(deter, 3 * deter, size.blocks)
         to_groups = nn.Unflatten(-1, (size.groups, size.classes))  # (…, S*K) -> (…, S, K)
         self.post = nn.Sequential(dense(deter + embed, hidden), linear(hidden, flat), to_groups)
@@ -389,29 +389,29 @@ class RSSM(nn.Module):
         update = torch.sigmoid(update - 1)
         return update * cand + (1 - update) * deter
 
-    def observe_step(self, deter, stoch, action, embed, is_first, u):
+    def observe_step(self, deter, stoch, prev_action, embed, is_first, u):
         """One step of filtering. State (N, D), (N, S, K) and action (N, A) of the step before, embed (N, E),
         is_first (N,) bool, noise u (N, S) uniform -> deter, stoch, posterior logits (N, S, K)."""
         keep = ~is_first.unsqueeze(-1)  # an episode starts: state and action of the step before are zeroed
-        deter = self.core(deter * keep, stoch * keep.unsqueeze(-1), action * keep)
+        deter = self.core(deter * keep, stoch * keep.unsqueeze(-1), prev_action * keep)
         logits = self.post(torch.cat([deter, embed], -1)).float()
         return deter, OneHot(logits, self.unimix).sample(u), logits
 
-    def imagine_step(self, deter, stoch, action, u):
+    def predict_step(self, deter, stoch, action, u):
         """One step of prediction: state (N, D), (N, S, K), action (N, A), noise u (N, S) -> deter, stoch."""
         deter = self.core(deter, stoch, action)
         return deter, OneHot(self.prior(deter).float(), self.unimix).sample(u)
 
-    def observe(self, deter, stoch, action, embed, is_first):
-        """Filter sequences. deter (B, D), stoch (B, S, K): the state before the first step; action (B, T, A): the one
-        *before* each step; embed (B, T, E); is_first (B, T) -> deter (B, T, D), stoch and logits (B, T, S, K)."""
+    def observe(self, deter, stoch, prev_action, embed, is_first):
+        """Filter sequences. deter (B, D), stoch (B, S, K): the state before the first step; prev_action (B, T, A): the
+        one before each step; embed (B, T, E); is_first (B, T) -> deter (B, T, D), stoch and logits (B, T, S, K)."""
         u = torch.rand(*is_first.shape, self.size.groups, device=embed.device)  # (B, T, S)
-        # products of B rows with small weights cost calls, not arithmetic: on a CPU, bfloat16 pays from 12m on
+        # on a CPU, products of B rows with weights smaller than those of 12m are faster in float32
         float32 = embed.device.type == "cpu" and self.size.deter < 1024
         outs = []
         with torch.autocast("cpu", enabled=False) if float32 else nullcontext():
             for t in range(is_first.shape[1]):
-                inputs = action[:, t], embed[:, t], is_first[:, t], u[:, t]
+                inputs = prev_action[:, t], embed[:, t], is_first[:, t], u[:, t]
                 deter, stoch, logits = self.observe_step(deter, stoch, *inputs)
                 outs.append((deter, stoch, logits))
         return tuple(torch.stack(x, 1) for x in zip(*outs, strict=True))
@@ -439,7 +439,7 @@ class Decoder(nn.Module):
             area = math.prod(self.map_shape)
             self.from_deter = BlockLinear(size.deter, area, size.blocks)
             self.from_stoch = nn.Sequential(dense(flat, 2 * size.units), linear(2 * size.units, area))
-            self.norms = nn.ModuleList(RMSNorm(c) for c in channels[:-1])
+            self.norms = nn.ModuleList(NormSiLU(c) for c in channels[:-1])
             self.convs = nn.ModuleList(conv5(i, o) for i, o in pairwise(channels))
 
     def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
@@ -459,7 +459,7 @@ class Decoder(nn.Module):
             x = x + self.from_stoch(stoch).unflatten(-1, self.map_shape)
             x = x.permute(0, 3, 1, 2)  # (N, C, h, w), channels last in memory
             for norm, conv in zip(self.norms, self.convs, strict=True):
-                x = upsample_conv(norm.channels(x), conv)  # (N, C', 2h, 2w)
+                x = upsample_conv(norm.on_maps(x), conv)  # (N, C', 2h, 2w)
             x = x.permute(0, 2, 3, 1).float().sigmoid().unflatten(0, lead)  # (…, h, w, C)
             preds |= zip(self.images, x.split([self.specs[k].shape[2] for k in self.images], -1), strict=True)
         return preds

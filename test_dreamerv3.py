@@ -931,7 +931,7 @@ def test_a_dream_is_the_posterior_then_the_prior_alone(argmax_sampling, tmp_path
             before = [x.clone() for x in (*states[-1], action[:, t])]
             for x in before if t == 6 else ():
                 x[0] = 0
-            states.append(agent.rssm.imagine_step(*before, torch.zeros(5, TINY.groups)))
+            states.append(agent.rssm.predict_step(*before, torch.zeros(5, TINY.groups)))
         recon = agent.decoder(*(torch.stack(x, 1) for x in zip(*states, strict=True)))
     image, truth = recon["image"], obs["image"] / 255
     expected = {"image": torch.cat([truth, image, (image - truth + 1) / 2], 2)}
@@ -1126,29 +1126,29 @@ def test_golden_forward(path, argmax_sampling):
     assert official == set(golden.names)
     assert {id(p) for p in golden.agent.parameters()} == {id(p) for p in golden.names.values()}
     agent, batch, args = golden.agent, golden.batch(), golden.args
-    losses, deter, stoch, outputs = dreamerv3.world_model_loss(agent, batch, args)
-    feat, obs = dreamerv3.get_feat(deter, stoch), batch["obs"]
-    golden.close("out/", tokens=outputs["embed"], post_logit=outputs["post"], prior_logit=outputs["prior"])
-    golden.close("out/", deter=deter, stoch=stoch, reward_logits=outputs["reward"])
-    state = batch["deter"], batch["stoch"]
+    losses, deter, stoch, feat, _ = dreamerv3.world_model_loss(agent, batch, args)
+    obs, state = batch["obs"], (batch["deter"], batch["stoch"])
+    embed, recon, reward_logits = agent.encoder(obs), agent.decoder(deter, stoch), agent.reward(feat)
+    post = agent.rssm.observe(*state, batch["prev_action"], embed, batch["is_first"])[2]
+    golden.close("out/", tokens=embed, post_logit=post, prior_logit=agent.rssm.prior(deter))
+    golden.close("out/", deter=deter, stoch=stoch, reward_logits=reward_logits)
     for t in range(deter.shape[1]):  # acting sees the same latents as training
         inputs = {key: x[:, t] for key, x in obs.items()}, (*state[:2], batch["prev_action"][:, t])
         action, state = dreamerv3.policy(agent, *inputs, batch["is_first"][:, t])
         torch.testing.assert_close(state, (deter[:, t], stoch[:, t], action), rtol=1e-4, atol=1e-5)
-    golden.close("out/", reward_pred=agent.twohot.mean(outputs["reward"]), continue_prob=outputs["cont"].sigmoid())
-    golden.close("out/", value_pred=agent.twohot.mean(agent.critic(feat)))
+    golden.close("out/", reward_pred=agent.twohot.mean(reward_logits), value_pred=agent.twohot.mean(agent.critic(feat)))
+    golden.close("out/", continue_prob=agent.cont(feat).squeeze(-1).sigmoid())
     if agent.action.nvec:
         golden.close("out/", policy_logits=agent.actor.outs[0](agent.actor.mlp(feat)))
     else:
         golden.close("out/", policy_mean=agent.actor(feat).mean, policy_std=agent.actor(feat).std)
-    recon_losses = {key: dreamerv3.recon_loss(x, obs[key]) for key, x in outputs["recon"].items()}
-    golden.close("out/recon_", **outputs["recon"])
+    recon_losses = {key: dreamerv3.recon_loss(x, obs[key]) for key, x in recon.items()}
+    golden.close("out/recon_", **recon)
     golden.close("out/loss/", **recon_losses)
     torch.testing.assert_close(losses["recon"], sum(recon_losses.values()), rtol=1e-4, atol=1e-5)
     golden.close("out/loss/", rew=losses["reward"], con=losses["continue"], dyn=losses["dyn"], rep=losses["rep"])
     lead, deters = deter.shape[:2], agent.size.deter
-    starts = deter.flatten(0, 1), stoch.flatten(0, 1)
-    imagined, actions = dreamerv3.imagine(agent, *starts, args.imagination_horizon)
+    imagined, actions = dreamerv3.imagine(agent, deter.flatten(0, 1), stoch.flatten(0, 1), args.imagination_horizon)
     golden.close("out/imag_", deter=imagined[:, 1:, :deters])
     golden.close("out/imag_", stoch=imagined[:, 1:, deters:].unflatten(-1, stoch.shape[-2:]))
     stored = dreamerv3.decode_action(actions, agent.action)[:, :-1].float()
