@@ -1,24 +1,25 @@
 """Draw results/*.png, one figure per suite, from results/*.csv, and print the table of ranks: python results/plot.py
 
 Colored: one run each; dots are episodes, lines their mean over the last 20. Black: the official code's run of
-CartPole-v1, or the mean of the authors' five seeds; gray: each of these seeds. Crosses: the authors' means (Atari).
+CartPole-v1, or the mean of the authors' five seeds; gray: each of these seeds (Atari: means over 20 episodes).
 """
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-SUITES = {  # figure -> environments, with the authors' mean return after so many environment steps
-    "parity": {"CartPole-v1__parity": {}},
-    "demo": {"CartPole-v1__demo": {}},
-    "classic_control": {"CartPole-v1__seed": {}},
-    "dm_control": {f"dm_control-{x}-v0": {} for x in ("finger-spin", "reacher-easy", "ball_in_cup-catch")}
-    | {f"dm_control-{x}-v0": {} for x in ("cartpole-balance", "walker-walk")},
-    "atari": {"BoxingNoFrameskip-v4": {120_000: 33, 200_000: 47}, "ALE-Pong-v5": {200_000: -16}},
-    "minatar": {"MinAtar-Breakout-v1": {}},
+TASKS = "finger-spin reacher-easy ball_in_cup-catch cartpole-balance walker-walk".split()
+SUITES = {  # figure -> what the names of its logs begin with, one plot each
+    "parity": ["CartPole-v1__parity"],
+    "demo": ["CartPole-v1__demo"],
+    "classic_control": ["CartPole-v1__seed"],
+    "dm_control": [f"dm_control-{task}-v0" for task in TASKS],
+    "atari": ["BoxingNoFrameskip-v4", "ALE-Pong-v5"],
+    "minatar": ["MinAtar-Breakout-v1"],
 }
 
 
@@ -27,13 +28,21 @@ def read(path: Path, *columns: int) -> np.ndarray:
     return np.loadtxt(path, delimiter=",", skiprows=1, usecols=columns, ndmin=2).T
 
 
+def running_mean(returns: np.ndarray) -> np.ndarray:
+    """Of the last 20 episodes, at every episode."""
+    return np.array([returns[max(0, j - 19) : j + 1].mean() for j in range(len(returns))])
+
+
 def authors_seeds(task: str) -> list[np.ndarray]:
-    """The authors' five curves of a DeepMind Control task: (environment steps, return) each, (2, points)."""
-    name = task.removeprefix("dm_control-").removesuffix("-v0").replace("-", "_")
-    rows = [row.split(",") for row in (HERE / "published" / "dmc_proprio.csv").read_text().split()[1:]]
-    seeds = sorted({row[1] for row in rows})
+    """The authors' five curves of a DeepMind Control task or Atari game: (environment steps, return) each, (2, points);
+    [] for other environments."""
+    control = task.startswith("dm_control")
+    name = re.sub("^(dm_control|ALE)-|(NoFrameskip)?-v\\d$", "", task).replace("-", "_").lower()
+    file = HERE / "published" / ("dmc_proprio.csv" if control else "atari100k.csv")
+    rows = [row.split(",") for row in file.read_text().split()[1:]]
+    seeds = sorted({row[1] for row in rows if row[0] == name})
     curves = [np.array([row[2:] for row in rows if row[:2] == [name, seed]], float).T for seed in seeds]
-    return [curve for curve in curves if curve.size]
+    return curves if control else [np.stack([steps, running_mean(returns)]) for steps, returns in curves]
 
 
 def compare(folder: Path, until: int) -> None:
@@ -67,21 +76,21 @@ def draw(folder: Path) -> None:
             runs = {path.stem.split("__", 1)[1]: read(path, 1, 2) for path in paths}
             if suite == "parity":
                 runs["official"] = read(HERE / "official" / "CartPole-v1__official_seed1.csv", 0, 1)
-            theirs = authors_seeds(task)
+            end = 1.05 * max(frames[-1] for frames, _ in runs.values())
+            theirs = [curve[:, curve[0] <= end] for curve in authors_seeds(task)]
             for steps, score in theirs:
                 ax.plot(steps, score, color="silver", linewidth=0.8)
             if theirs:
-                ax.plot(theirs[0][0], np.mean([score for _, score in theirs], 0), color="black", label="authors")
+                steps = theirs[0][0]
+                mean = np.mean([np.interp(steps, *curve) for curve in theirs], 0)
+                ax.plot(steps, mean, color="black", label="authors")
             for run, (frames, returns) in runs.items():
-                means = np.array([returns[max(0, j - 19) : j + 1].mean() for j in range(len(returns))])
+                means = running_mean(returns)
                 ends = np.flatnonzero(np.diff(frames, append=math.inf))  # parallel environments end together
                 style = {"color": "black"} if run == "official" else {}
                 (line,) = ax.plot(frames[ends], means[ends], label=run, **style)
                 ax.plot(frames, returns, ".", color=line.get_color(), alpha=0.2, markersize=4)
-            if tasks[task]:
-                ax.plot(*zip(*tasks[task].items(), strict=True), "kx", label="authors' mean")
-            last = max(frames[-1] for frames, _ in runs.values())
-            ax.set(title=task.split("__")[0], xlabel="environment steps", ylabel="return", xlim=(0, 1.05 * last))
+            ax.set(title=task.split("__")[0], xlabel="environment steps", ylabel="return", xlim=(0, end))
             ax.locator_params(axis="x", nbins=5)
             ax.legend(fontsize="small")
         figure.savefig(folder / f"{suite}.png")
