@@ -46,7 +46,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial, reduce
 from importlib import import_module
-from operator import getitem
 from pathlib import Path
 from typing import Literal
 
@@ -187,8 +186,7 @@ def decode_action(action: Tensor, spec: ActionSpec) -> Tensor:
 @torch.compiler.set_stance("force_eager")  # never compiled: its batches are small
 def policy(agent: Agent, obs: dict[str, Tensor], state: tuple, is_first: Tensor) -> tuple[Tensor, tuple]:
     """Act in N environments, in float32: obs key -> (N, …), is_first (N,), state (deter, stoch, action) of the step
-    before; `agent.rssm.initial(N)` and zeros (N, A) are a first one. Returns the sampled action (N, A) and a new state.
-    """
+    before, the first being `agent.rssm.initial(N)` and zeros (N, A) -> the sampled action (N, A) and a new state."""
     deter, stoch, action = state
     u = torch.rand(*stoch.shape[:2], device=stoch.device)  # (N, S), samples z
     deter, stoch, _ = agent.rssm.observe_step(deter, stoch, action, agent.encoder(obs), is_first, u)
@@ -198,12 +196,10 @@ def policy(agent: Agent, obs: dict[str, Tensor], state: tuple, is_first: Tensor)
 
 # === 3. World-model loss (paper: equations 2 to 5) ====================================================================
 def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict, Tensor, Tensor, Tensor, dict]:
-    """Losses of the world model on replayed sequences.
-
-    batch: "obs" a dict of (B, T, …), prev_action (B, T, A), reward, is_first, is_last and is_terminal (B, T), deter
-    (B, D) and stoch (B, S, K) of the step before the first. Returns losses, each (B, T), the posterior deter (B, T, D)
-    and stoch (B, T, S, K) and the features (B, T, F), all three with gradient, and metrics.
-    """
+    """Losses of the world model on replayed sequences. batch: "obs" a dict of (B, T, …), prev_action (B, T, A), reward,
+    is_first, is_last and is_terminal (B, T), deter (B, D) and stoch (B, S, K) of the step before the first. Returns
+    losses, each (B, T), then with gradient the posterior deter (B, T, D) and stoch (B, T, S, K) and the features
+    (B, T, F), and metrics."""
     # the gradients of these leaves are not used: step 0 is to look to torch.compile as the later steps do
     start = [batch[name].detach().requires_grad_() for name in ("deter", "stoch")]  # (B, D), (B, S, K)
     embed = agent.encoder(batch["obs"])  # (B, T, E)
@@ -294,9 +290,8 @@ def lambda_return(last: Tensor, term: Tensor, reward: Tensor, boot: Tensor, disc
 class ReturnNorm(nn.Module):
     """Running 5th and 95th percentile of the returns; advantages are divided by their distance, at least 1."""
 
-    def __init__(self, rate: float = 0.01):
+    def __init__(self):
         super().__init__()
-        self.rate = rate
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
 
@@ -308,7 +303,7 @@ class ReturnNorm(nn.Module):
         for running, q in ((self.lo, 0.05), (self.hi, 0.95)):
             rank = q * (len(ordered) - 1)
             percentile = ordered[int(rank)].lerp(ordered[math.ceil(rank)], rank % 1)  # ()
-            running.lerp_(percentile, self.rate)
+            running.lerp_(percentile, 0.01)
 
     @property
     def scale(self) -> Tensor:
@@ -462,7 +457,7 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args)  # also resolves the flags that are "auto" and sets all seeds
     begun = max_over_ranks(int(time.time()))  # the clocks may differ
     folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{begun}")
-    folder = folder.parent if folder.is_file() else folder
+    folder = folder.parent if args.resume and not folder.is_dir() else folder  # a checkpoint's
     videos = Path("videos", folder.name) if args.capture_video and not rank else None
     if args.eval_only:
         with exit_on_error(args.env_id, Exception, abort=lambda: "failed"):  # one line, exit status 2
@@ -472,7 +467,8 @@ def main(argv: list[str] | None = None) -> None:
     all_envs = args.num_envs * world  # of all processes: their steps are counted together
     steps_per_update = args.batch_size * args.batch_length * world / args.train_ratio  # agent steps per update
 
-    envs = make_envs(args, videos and videos / f"train-{resumed.get('global_step', 0)}")
+    with exit_on_error(f"--env-id {args.env_id} cannot be made", Exception):  # in a worker process
+        envs = make_envs(args, videos and videos / f"train-{resumed.get('global_step', 0)}")
     specs, action_spec, repeat = (envs.get_attr(name)[0] for name in ("specs", "action_spec", "repeat"))
     if args.track and not rank:
         track(args, folder.name)
@@ -486,10 +482,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"size: {args.size}, {sum(p.numel() for p in agent.trained()):,} trained parameters")
     print(f"schedule: 1 update every {steps_per_update:g} agent steps, after the first {args.learning_starts:,}")
     print(f"run folder: {folder}", flush=True)
-    seed = args.seed + 1000 * rank + global_step  # of the environments, and of the noise of other ranks
+    seed = args.seed + 1000 * rank + global_step  # of the environments, and of the noise under torchrun
     if world > 1:
         train_together(agent, optimizer)
-    if rank:
         torch.manual_seed(seed)
     act, update = partial(policy, agent), partial(train_step, agent, optimizer, args=args)
     if args.cudagraphs and device.type == "cuda" and world == 1:
@@ -521,7 +516,7 @@ def main(argv: list[str] | None = None) -> None:
     terminated = truncated = np.zeros(args.num_envs, bool)
     is_first = np.ones(args.num_envs, bool)
     state = (*agent.rssm.initial(args.num_envs), torch.zeros(args.num_envs, action_spec.size, device=device))
-    while global_step < args.total_timesteps and not stop.now():
+    while (global_step < args.total_timesteps or owed >= 1) and not stop.now():  # owed: after a kill in the last step
         # act on what arrived, and store it with the action and the latent state
         tensors = {key: torch.as_tensor(x).to(device) for key, x in obs.items()}
         action, state = act(tensors, state, torch.as_tensor(is_first).to(device))
@@ -567,10 +562,10 @@ def main(argv: list[str] | None = None) -> None:
             log.record(global_step, {"eval/episodic_return": np.mean(returns)})
 
     saved = save()
-    with suppress(Exception):  # everything is saved
-        envs.close()
     log.bar.close()
-    log.writer.close()
+    with suppress(Exception):  # everything is saved
+        log.writer.close()
+        envs.close()
     if args.track and videos:
         import_module("wandb").save(f"{videos}/*/*.mp4", policy="now")
     if status := stop.code or stop.agreed:
@@ -648,9 +643,10 @@ class Adapter(gym.ObservationWrapper):
         """One flat array per key, of the declared shape, with classes that exist and finite numbers."""
         out = {}
         for key, (path, space) in self.leaves.items():
-            x, spec = np.asarray(reduce(getitem, path, observation)), self.specs[key]
-            good = x.dtype.kind in ("u" if spec.is_image else "iu" if spec.classes else "iubf")
-            good = good and (space.contains(x) if spec.classes else np.isfinite(x.astype(np.float32)).all())
+            x, spec = np.asarray(reduce(lambda x, key: x[key], path, observation)), self.specs[key]
+            good = x.dtype.kind in ("u" if spec.is_image else "iub" if spec.classes else "iubf")
+            value = x if x.ndim else x.item()  # as int, any class of a Discrete space is in it, whatever its dtype
+            good = good and (space.contains(value) if spec.classes else np.isfinite(x.astype(np.float32)).all())
             if not good or x.shape != space.shape:
                 raise ValueError(f"observation '{key}' is declared {space} and came as {x.dtype} {x.shape} {x}")
             if spec.is_image and x.shape[:2] != spec.shape[:2]:
@@ -667,7 +663,7 @@ class Adapter(gym.ObservationWrapper):
             x = action.reshape(space.shape) + getattr(space, "start", 0)
         else:
             x = self.low + (np.clip(action, -1, 1).reshape(space.shape) + 1) / 2 * (self.high - self.low)
-            x = x.round() if np.issubdtype(space.dtype, np.integer) else x
+            x = (x.round() if np.issubdtype(space.dtype, np.integer) else x).clip(self.low, self.high)  # after rounding
         x = int(x) if isinstance(space, spaces.Discrete) else x.astype(space.dtype)
         obs, reward, *rest = self.env.step(x)
         if np.ndim(reward) or not np.isfinite(np.float32(reward)):
@@ -701,8 +697,8 @@ def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, videos: 
     except Exception as error:  # a missing package, spaces that are not supported, whatever constructors raise
         at = traceback.extract_tb(error.__traceback__)[-1]
         where = f"; try: {install}" if install and "Did you mean" not in str(error) else f" ({at.filename}:{at.lineno})"
-        what = f"{env_id} cannot be made{' with --capture-video' if videos else ''}"
-        return fail(f"--env-id {what}: {type(error).__name__}: {str(error) or at.line}{where}")
+        what = f"{env_id} cannot be made{' with --capture-video' if videos else ''}: {type(error).__name__}"
+        return fail(f"--env-id {what}: {str(error) or at.line}{where}")
 
 
 def make_envs(args: Args, videos: Path | None) -> gym.vector.VectorEnv:
@@ -733,7 +729,8 @@ def exit_on_error(what: str, *kinds: type[Exception], abort=None):
         if abort:
             what = f"{what} {abort()}"
             traceback.print_exception(error)  # Gymnasium has printed that of a worker process
-        fail(f"{what}: {type(error).__name__}: {str(error)[:300] or 'its process is gone'}")
+        missing = "its process is gone" if isinstance(error, (EOFError, OSError)) else "it has no message"
+        fail(f"{what}: {type(error).__name__}: {str(error)[:300] or missing}")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Args, dict]:
@@ -825,7 +822,11 @@ class Stop:
         if self.code and not dist.is_initialized():  # launchers signal more than once
             os._exit(128 + number)
         self.code = 128 + number
-        print("\nstopping: finishing this step and saving; once more to exit at once", flush=True)
+        try:
+            print("\nstopping: finishing this step and saving; once more to exit at once", flush=True)
+        except OSError:  # the same Ctrl-C has ended `| tee`: from now on, write nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
 
     def now(self) -> int:
         """The exit status as soon as any rank is to stop, else 0. After that no rank waits for another here."""
@@ -973,8 +974,7 @@ def resume_run(args: Args, state: dict, parts: dict, rank: int, all_envs: int, s
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         torch.set_rng_state(state["torch_rng"])
-        if parts["agent"].return_norm.lo.is_cuda:
-            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])  # none of a run on a CPU
         if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
             owed += max(0, stored - max(global_step, args.learning_starts)) / steps_per_update
             global_step = stored
