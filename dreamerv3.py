@@ -657,7 +657,7 @@ class Adapter(gym.ObservationWrapper):
         return out
 
     def step(self, action: np.ndarray):
-        """As Gymnasium's, for an action (components,) or (A,). The reward has to be finite."""
+        """As Gymnasium's, for an action (components,) or (A,). Of info only "episode" is kept: others may not join."""
         space = self.env.action_space
         if self.action_spec.nvec:
             x = action.reshape(space.shape) + getattr(space, "start", 0)
@@ -665,10 +665,10 @@ class Adapter(gym.ObservationWrapper):
             x = self.low + (np.clip(action, -1, 1).reshape(space.shape) + 1) / 2 * (self.high - self.low)
             x = (x.round() if np.issubdtype(space.dtype, np.integer) else x).clip(self.low, self.high)  # after rounding
         x = int(x) if isinstance(space, spaces.Discrete) else x.astype(space.dtype)
-        obs, reward, *rest = self.env.step(x)
+        obs, reward, *ends, info = self.env.step(x)
         if np.ndim(reward) or not np.isfinite(np.float32(reward)):
             raise ValueError(f"reward {reward} is not a finite number")
-        return self.observation(obs), reward, *rest
+        return self.observation(obs), reward, *ends, {key: info[key] for key in info.keys() & {"episode"}}
 
 
 def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, videos: Path | None = None, **record):

@@ -302,7 +302,7 @@ class Chain(gym.Env):
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         assert self.fault != "reset", "two\nlines"
-        self.position = 0
+        self.position, self.odd = 0, (seed or 0) % 2 or None  # 1 and None: Gymnasium cannot join the two
         return np.zeros(1, np.float32), {}
 
     def step(self, action):
@@ -312,7 +312,7 @@ class Chain(gym.Env):
         if fails == "dies":
             os._exit(1)
         obs = np.full(1, math.nan if fails == "nan" else self.position, np.float32)
-        return obs, self.position, end and self.terminal, end and not self.terminal, {}
+        return obs, self.position, end and self.terminal, end and not self.terminal, {"odd": self.odd}
 
 
 FAULTS = {"nan": "ValueError: observation 'obs' is declared .* came as .*nan", "reset": "AssertionError: two lines"}
