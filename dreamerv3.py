@@ -519,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
     while (global_step < args.total_timesteps or owed >= 1) and not stop.now():  # owed: after a kill in the last step
         # act on what arrived, and store it with the action and the latent state
         tensors = {key: torch.as_tensor(x).to(device) for key, x in obs.items()}
-        action, state = act(tensors, state, torch.as_tensor(is_first).to(device))
+        action, state = act(tensors, state, torch.as_tensor(is_first).to(device))  # policy
         action = decode_action(action, action_spec).cpu().numpy()  # (args.num_envs, components)
         is_last = terminated | truncated
         step = {f"obs/{key}": x for key, x in obs.items()} | {"action": action, "reward": reward}
@@ -539,7 +539,7 @@ def main(argv: list[str] | None = None) -> None:
         while owed >= 1 and not stop.now():
             batch, index = replay.sample(args.batch_size)
             batch = batch_to_device(batch, agent, device)  # obs/key -> obs[key], one-hot prev_action and stoch
-            latents, metrics = update(batch)
+            latents, metrics = update(batch)  # train_step
             replay.update_latents(index, **stored_latents(*latents))
             updates, owed = updates + 1, owed - 1
             log.update(metrics)
