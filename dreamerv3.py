@@ -536,7 +536,7 @@ def main(argv: list[str] | None = None) -> None:
         started = time.time()
         if global_step > train_after:
             owed += all_envs / steps_per_update
-        while owed >= 1 and not stop.now():
+        while owed >= 1 and global_step > train_after and not stop.now():
             batch, index = replay.sample(args.batch_size)
             batch = batch_to_device(batch, agent, device)  # obs/key -> obs[key], one-hot prev_action and stoch
             latents, metrics = update(batch)  # train_step
