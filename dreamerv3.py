@@ -223,8 +223,7 @@ def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict, Tenso
 
 def recon_loss(recon: Tensor, target: Tensor) -> Tensor:
     """Loss of one observation key, summed over all its numbers: -> (B, T). Squared error for images, which the decoder
-    predicts in [0, 1], and for vectors, which it predicts in symlog space; cross-entropy for discrete keys.
-    """
+    predicts in [0, 1], and for vectors, which it predicts in symlog space; cross-entropy for discrete keys."""
     if recon.ndim > target.ndim:  # logits of a discrete key
         error = F.cross_entropy(recon.flatten(0, -2), target.flatten().long(), reduction="none").view(target.shape)
     else:
@@ -366,8 +365,7 @@ class LaProp(torch.optim.Optimizer):
         options = {"lr": lr, "warmup": warmup, "clip": clip, "betas": betas, "eps": eps}
         super().__init__(params, options | {"capturable": True})  # so that load_state_dict keeps `step` on the device
         for p in self.param_groups[0]["params"]:
-            zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
-            self.state[p] = {"step": torch.zeros((), device=p.device), "mean": zeros, "square": zeros.clone()}
+            self.state[p] = {"step": p.new_zeros(()), "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
 
     @torch.no_grad()
     def step(self) -> dict[str, Tensor]:
@@ -376,10 +374,9 @@ class LaProp(torch.optim.Optimizer):
         params = group["params"]
         grads, state = [p.grad for p in params], [self.state[p] for p in params]
         steps, means, squares = ([s[name] for s in state] for name in ("step", "mean", "square"))
-        done = steps[0].clone()  # updates before this one
-        torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]
-        rate = group["lr"] * (done / max(1, group["warmup"])).clamp(max=1)  # 0 at the first update
+        rate = group["lr"] * (steps[0] / max(1, group["warmup"])).clamp(max=1)  # 0 at the first update
+        torch._foreach_add_(steps, 1)
 
         grad_norms, norms = torch.stack(torch._foreach_norm(grads)), torch.stack(torch._foreach_norm(params))
         limit = (group["clip"] * norms.clamp(min=1e-3) / grad_norms).clamp(max=1)  # (tensors,)
@@ -387,12 +384,12 @@ class LaProp(torch.optim.Optimizer):
         # square = EMA(g^2); u = g / sqrt(square); mean = EMA(u); both averages bias-corrected; p = p - rate * mean
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        scale = torch._foreach_div(squares, 1 - beta2 ** (done + 1))
+        scale = torch._foreach_div(squares, 1 - beta2 ** steps[0])
         torch._foreach_sqrt_(scale)
         torch._foreach_add_(scale, group["eps"])
         torch._foreach_div_(grads, scale)
         torch._foreach_lerp_(means, grads, 1 - beta1)
-        deltas = torch._foreach_mul(means, -rate / (1 - beta1 ** (done + 1)))
+        deltas = torch._foreach_mul(means, -rate / (1 - beta1 ** steps[0]))
         torch._foreach_add_(params, deltas)
 
         root, update_norms = sum(p.numel() for p in params) ** 0.5, torch.stack(torch._foreach_norm(deltas))
@@ -634,8 +631,7 @@ class Adapter(gym.ObservationWrapper):
             no_low, no_high = (np.abs(x.astype(float)) > 1e30 for x in (space.low, space.high))  # open sides
             self.low = np.where(no_low, np.where(no_high, -1.0, space.high - 2.0), space.low)
             self.high = np.where(no_high, self.low + 2, space.high)  # an open side is 2 away from the other
-            size = math.prod(space.shape)
-            self.action_spec, self.action_space = ActionSpec((), size), spaces.Box(-1, 1, (size,))
+            self.action_spec, self.action_space = ActionSpec((), self.low.size), spaces.Box(-1, 1, (self.low.size,))
         else:
             raise ValueError(f"action space {space}; supported are Discrete, MultiDiscrete, MultiBinary and Box")
 
@@ -652,8 +648,7 @@ class Adapter(gym.ObservationWrapper):
             if spec.is_image and x.shape[:2] != spec.shape[:2]:
                 parts = np.split(x, range(4, x.shape[2], 4), 2)  # OpenCV's limit is 4 channels
                 x = np.dstack([cv2.resize(part, spec.shape[1::-1], interpolation=cv2.INTER_AREA) for part in parts])
-            x = x - getattr(space, "start", 0) if spec.classes else x
-            out[key] = x.astype(spec.dtype).reshape(spec.shape)
+            out[key] = (x - getattr(space, "start", 0)).astype(spec.dtype).reshape(spec.shape)
         return out
 
     def step(self, action: np.ndarray):

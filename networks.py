@@ -452,9 +452,8 @@ class Decoder(nn.Module):
                 shape, classes = self.specs[key]
                 preds[key] = out(x).float().reshape(*lead, *shape, *([classes] if classes else []))
         if self.images:
-            height, width, depth = self.map_shape
-            blocks = self.from_deter.blocks
-            x = self.from_deter(deter).unflatten(-1, (blocks, height, width, depth // blocks))
+            height, width, _ = self.map_shape
+            x = self.from_deter(deter).unflatten(-1, (self.from_deter.blocks, height, width, -1))
             x = x.permute(0, 2, 3, 1, 4).flatten(3)  # (N, h, w, C), channels of all blocks side by side
             x = x + self.from_stoch(stoch).unflatten(-1, self.map_shape)
             x = x.permute(0, 3, 1, 2)  # (N, C, h, w), channels last in memory

@@ -162,13 +162,8 @@ class Replay:
         self.episode = np.zeros((self.num_envs, self.slots), np.int32)
         self.first = np.zeros((self.num_envs, self.slots), np.int64)
         self.end = np.zeros((self.num_envs, self.slots), np.int64)
-        time = np.arange(max(0, self.now - self.kept), self.now)
-        for env in range(self.num_envs if len(time) else 0):
-            is_first = self.data["is_first"][env, time % self.slots]
-            number = np.cumsum(is_first, dtype=np.int32)
-            self.number[env], self.episode[env, time % self.slots] = number[-1], number
-            self.first[env, number[is_first] % self.slots] = time[is_first]
-            self.end[env, number % self.slots] = time + 1  # the last of equal indices stays
+        for time in range(max(0, self.now - self.kept), self.now):
+            self._extend_episodes(time, self.data["is_first"][:, time % self.slots])
 
     @staticmethod
     def _allocate(name: str, shape: tuple, dtype, folder: Path | None, new: bool) -> np.ndarray:
