@@ -488,7 +488,8 @@ def main(argv: list[str] | None = None) -> None:
         act, update = Graph(act), Graph(update)
     update = compiled(update) if args.compile else update
     stop = Stop()  # from here on, Ctrl-C and SIGTERM end the run after the current step
-    log = Log(folder, args, rank, all_envs, repeat, global_step, updates, resumed.get("seconds", 0.0))
+    with exit_on_error("cannot write the run folder", OSError):
+        log = Log(folder, args, rank, all_envs, repeat, global_step, updates, resumed.get("seconds", 0.0))
 
     def save() -> bool:
         """Write a checkpoint; says whether that worked."""
@@ -502,7 +503,10 @@ def main(argv: list[str] | None = None) -> None:
         stop.now()  # tells the other ranks, if there are any
         envs.closed = True  # closing what is broken may fail again; worker processes end with this one
         log.bar.close()
-        return f"failed at step {global_step}, {'saved' if save() else 'could not save'} {folder}"
+        saved = save()
+        if stop.agreed > 1:  # no failure: SLURM or systemd has signalled the worker processes too
+            sys.exit(stop.agreed)
+        return f"failed at step {global_step}, {'saved' if saved else 'could not save'} {folder}"
 
     def due(frequency: int) -> bool:
         return frequency > 0 and global_step % frequency < all_envs
@@ -922,6 +926,7 @@ def save_run(folder: Path, args: Args, agent: Agent, optimizer: LaProp, replay: 
     state["cuda_rng"] = torch.cuda.get_rng_state_all() if agent.return_norm.lo.is_cuda else []
     path, temporary = folder / "checkpoint.pt", folder / "checkpoint.tmp"
     try:
+        replay.flush()
         with open(temporary, "wb") as file:
             torch.save(state | counters, file)
             file.flush()

@@ -113,6 +113,12 @@ class Replay:
         self.data["deter"][env, slot] = deter[row, col]
         self.data["stoch"][env, slot] = stoch[row, col]
 
+    def flush(self) -> None:
+        """Write what the operating system still holds of the files to the disk: a checkpoint must survive its crash."""
+        for array in (*self.data.values(), self.clock):
+            if isinstance(array, np.memmap):
+                array.flush()
+
     def state_dict(self) -> dict:
         """Everything besides the stored steps that the next sample depends on."""
         rng = self.rng.bit_generator.state

@@ -290,31 +290,35 @@ def test_what_cannot_be_captured_or_compiled_runs_as_it_is(capsys, monkeypatch):
 # === the time line ====================================================================================================
 class Chain(gym.Env):
     """Walks 0, 1, 2, … to 5, then ends, by termination or truncation; the reward is the new position. `fault`: fails in
-    its constructor (that of a worker), at its first reset, or in its 50th step by a wrong observation or by dying."""
+    its constructor (that of a worker), at its first reset, or in its 50th step by a wrong observation, by dying, or by
+    dying of a signal that the training process gets too."""
 
     def __init__(self, terminal: bool = True, fault: str = ""):
-        self.terminal, self.fault, self.steps = terminal, fault, 0
+        self.terminal, self.fault, self.steps, self.odd = terminal, fault, 0, None
         self.observation_space, self.action_space = spaces.Box(-1, 99, (1,)), spaces.Discrete(4, start=3)
         assert fault != "constructor" and not (fault == "worker" and torch.multiprocessing.parent_process()), "broken"
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         assert self.fault != "reset", "two\nlines"
-        self.position, self.odd = 0, (seed or 0) % 2 or None  # 1 and None: Gymnasium cannot join the two
+        self.position, self.odd = 0, self.odd if seed is None else seed % 2 or None  # Gymnasium cannot join 1 and None
         return np.zeros(1, np.float32), {}
 
     def step(self, action):
         assert action in self.action_space
         self.position, self.steps = self.position + 1, self.steps + 1
         fails, end = self.fault * (self.steps == 50 and os.environ.get("RANK") != "0"), self.position == 5
-        if fails == "dies":
+        if fails == "signalled" and self.odd:
+            os.kill(os.getppid(), signal.SIGTERM)
+        if fails in ("dies", "signalled"):
             os._exit(1)
         obs = np.full(1, math.nan if fails == "nan" else self.position, np.float32)
         return obs, self.position, end and self.terminal, end and not self.terminal, {"odd": self.odd}
 
 
 FAULTS = {"nan": "ValueError: observation 'obs' is declared .* came as .*nan", "reset": "AssertionError: two lines"}
-FAULTS |= {"dies": "EOFError: its process is gone", "constructor": "AssertionError: broken", "worker": ""}
+FAULTS |= {"dies": "EOFError: its process is gone", "constructor": "AssertionError: broken"}
+FAULTS |= {"worker": "", "signalled": ""}
 for fault in FAULTS:
     gym.register(f"Dreamer-{fault}-v0", Chain, kwargs={"fault": fault}, order_enforce=False)
 gym.register("DreamerChain-v0", Chain)
@@ -796,6 +800,14 @@ def test_an_environment_that_fails_ends_the_run_saved(fault, envs, program, recw
         assert "failed at step 0, could not save runs/" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_signal_to_all_processes_is_a_stop_and_no_failure(tmp_path):
+    flags = f"{FAST} --env-id test_dreamerv3:Dreamer-signalled-v0 --num-envs 2"  # as SLURM and systemd send it
+    command = [sys.executable, ROOT / "dreamerv3.py", *flags.split()]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 128 + signal.SIGTERM and "failed at" not in process.stderr
+    assert saved(next(tmp_path.glob("runs/*")))["global_step"] == 2 * 59
+
+
 def test_updates_made_up_after_a_kill_are_saved_on_the_way(program, monkeypatch):
     folder = program(f"{CHAIN} --total-timesteps 60")
     torch.save(saved(folder) | {"owed": 700.0}, folder / "checkpoint.pt")
@@ -869,10 +881,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(program, capsys
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full_disk)
+        patch.setattr(np.memmap, "flush", flush := Mock())
         folder = program(f"{CHAIN} --total-timesteps 110 --checkpoint-frequency 50", 1)  # the last one is missing
     assert capsys.readouterr().out.count("warning: no checkpoint at step 1") == 2
     assert saved(folder)["global_step"] == 50 and not (folder / "checkpoint.tmp").exists()
-    assert np.load(folder / "replay" / "clock.npy")[0] == 110
+    assert np.load(folder / "replay" / "clock.npy")[0] == 110 and flush.call_count == 3 * 9  # files of the replay
     program(f"--resume {folder}")  # all steps are there: only updates are missing
     assert (saved(folder)["updates"], saved(folder)["owed"]) == ((110 - 40) // 2, 0.5)
 
