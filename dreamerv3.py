@@ -72,7 +72,7 @@ from replay import Replay
 @dataclass
 class Args:
     exp_name: str = "dreamerv3"  # the name of this experiment
-    seed: int = 1  # environment i gets seed + i, in process r of torchrun 1000 r more, when resumed the step more
+    seed: int = 1  # environment i gets seed + i; process r of torchrun adds 1000 r, --resume adds the agent step
     torch_deterministic: bool = True  # sets torch.backends.cudnn.deterministic
     cuda: bool = True  # use CUDA when it is present
     track: bool = False  # send everything that TensorBoard gets to Weights & Biases too
@@ -302,7 +302,7 @@ class ReturnNorm(nn.Module):
         for running, q in ((self.lo, 0.05), (self.hi, 0.95)):
             rank = q * (len(ordered) - 1)
             percentile = ordered[int(rank)].lerp(ordered[math.ceil(rank)], rank % 1)  # ()
-            running.lerp_(percentile, 0.01)
+            running.lerp_(percentile, 0.01)  # an average with decay 0.99
 
     @property
     def scale(self) -> Tensor:
@@ -328,10 +328,10 @@ def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args) ->
     pi = agent.actor(feat[:, :-1])
     entropy = pi.entropy()  # (N, H)
     actor_loss = -weight * (pi.log_prob(action[:, :-1]) * advantage + args.ent_coef * entropy)  # (N, H)
-    losses = {"actor": actor_loss, "critic": weight * critic_loss(agent, feat, value_logits, returns, args)}  # (N, H)
+    critic_losses = weight * critic_loss(agent, feat, value_logits, returns, args)  # (N, H)
+    losses = {"actor": actor_loss.mean(1), "critic": critic_losses.mean(1)}  # (N,) each
     metrics = {"return_mean": returns, "return_scale": agent.return_norm.scale, "advantage_mag": advantage.abs()}
     metrics |= {"value_mean": value, "reward_mean": reward, "continue_mean": cont, "actor_entropy": entropy.detach()}
-    losses = {name: x.mean(1) for name, x in losses.items()}  # (N,)
     return losses, returns, {f"behavior/{name}": x.mean() for name, x in metrics.items()}
 
 
@@ -349,7 +349,7 @@ def critic_loss(agent: Agent, feat: Tensor, logits: Tensor, returns: Tensor, arg
     (N, L-1), since the last state has no return."""
     with torch.no_grad():
         slow_value = agent.twohot.mean(agent.slow_critic(feat))[:, :-1]  # (N, L-1)
-    logits = logits[:, :-1]
+    logits = logits[:, :-1]  # (N, L-1, V)
     return agent.twohot.loss(logits, returns) + args.slow_critic_scale * agent.twohot.loss(logits, slow_value)
 
 

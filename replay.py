@@ -114,7 +114,7 @@ class Replay:
         self.data["stoch"][env, slot] = stoch[row, col]
 
     def flush(self) -> None:
-        """Write what the operating system still holds of the files to the disk: a checkpoint must survive its crash."""
+        """Write to the disk what the operating system still holds of the files, so that a crash of it loses nothing."""
         for array in (*self.data.values(), self.clock):
             if isinstance(array, np.memmap):
                 array.flush()

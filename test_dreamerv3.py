@@ -284,14 +284,14 @@ def test_what_cannot_be_captured_or_compiled_runs_as_it_is(capsys, monkeypatch):
         assert [function(torch.ones(()) * i) for i in (0, 1, 1, 1)] == [0, -1, -1, -1]
     torch.compiler.set_stance("default")
     out = capsys.readouterr().out
-    assert [out.count(f"cannot {x}, going on ") for x in ("capture a CUDA graph", "compile")] == [1, 1]
+    assert out.count("cannot capture a CUDA graph, going on without: ") == 1
+    assert out.count("cannot compile, going on in eager mode: ") == 1
 
 
 # === the time line ====================================================================================================
 class Chain(gym.Env):
     """Walks 0, 1, 2, … to 5, then ends, by termination or truncation; the reward is the new position. `fault`: fails in
-    its constructor (that of a worker), at its first reset, or in its 50th step by a wrong observation, by dying, or by
-    dying of a signal that the training process gets too."""
+    its constructor (that of a worker), at its first reset, or in its 50th step by a wrong observation or by dying."""
 
     def __init__(self, terminal: bool = True, fault: str = ""):
         self.terminal, self.fault, self.steps, self.odd = terminal, fault, 0, None
@@ -318,8 +318,7 @@ class Chain(gym.Env):
 
 FAULTS = {"nan": "ValueError: observation 'obs' is declared .* came as .*nan", "reset": "AssertionError: two lines"}
 FAULTS |= {"dies": "EOFError: its process is gone", "constructor": "AssertionError: broken"}
-FAULTS |= {"worker": "", "signalled": ""}
-for fault in FAULTS:
+for fault in [*FAULTS, "worker", "signalled"]:
     gym.register(f"Dreamer-{fault}-v0", Chain, kwargs={"fault": fault}, order_enforce=False)
 gym.register("DreamerChain-v0", Chain)
 gym.register("DreamerTruncatedChain-v0", Chain, kwargs={"terminal": False})
@@ -801,10 +800,9 @@ def test_an_environment_that_fails_ends_the_run_saved(fault, envs, program, recw
 
 
 def test_a_signal_to_all_processes_is_a_stop_and_no_failure(tmp_path):
-    flags = f"{FAST} --env-id test_dreamerv3:Dreamer-signalled-v0 --num-envs 2"  # as SLURM and systemd send it
-    command = [sys.executable, ROOT / "dreamerv3.py", *flags.split()]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 128 + signal.SIGTERM and "failed at" not in process.stderr
+    flags = f"{FAST} --env-id test_dreamerv3:Dreamer-signalled-v0 --num-envs 2".split()  # as SLURM and systemd send it
+    run = subprocess.run([sys.executable, ROOT / "dreamerv3.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 128 + signal.SIGTERM and "failed at" not in run.stderr
     assert saved(next(tmp_path.glob("runs/*")))["global_step"] == 2 * 59
 
 
@@ -898,7 +896,8 @@ def test_without_persistent_replay_a_resumed_run_refills_first(program, capsys, 
     torch.save(saved(folder) | {"owed": 3.0}, folder / "checkpoint.pt")  # as if stopped between updates
     program(f"--resume {folder} --total-timesteps 120 --eval-frequency 60 --video-frequency 5")
     out = capsys.readouterr().out
-    assert re.search("(?s)replay: 60 steps .* after 10 updates, 3 owed, 0 steps .*: TOO FEW, collecting 40", out)
+    assert "after 10 updates, 3 owed, 0 steps in the replay buffer: TOO FEW, collecting 40" in out
+    assert "replay: 60 steps take 0.00 GB" in out  # as many as before
     assert saved(folder)["updates"] == 10 + 3 + 20 // 2 and not (folder / "replay").exists()
     folder = program(f"{CHAIN} --total-timesteps 60 --exp-name interrupted")
     shutil.rmtree(folder / "replay")
@@ -1178,8 +1177,9 @@ def test_golden_updates(golden, argmax_sampling, wrap=lambda update: update):
     update = wrap(partial(dreamerv3.train_step, agent, optimizer, args=args))
     for step in range(1, golden.hyper["steps"] + 1):
         _, metrics = update(batch)
-        norm = torch.stack([agent.return_norm.lo, agent.return_norm.hi])
-        golden.close(f"step{step}/", loss=metrics["losses/total"], grad_norm=metrics["optim/grad_norm"], retnorm=norm)
+        for key, value in {"loss": metrics["losses/total"], "grad_norm": metrics["optim/grad_norm"]}.items():
+            np.testing.assert_allclose(value, golden.data[f"step{step}/{key}"], rtol=1e-4, err_msg=f"step {step} {key}")
+        golden.close(f"step{step}/", retnorm=torch.stack([agent.return_norm.lo, agent.return_norm.hi]))
         if step == 1:
             golden.close("out/metrics/", dyn_ent=metrics["world_model/prior_entropy"])
             golden.close("out/metrics/", rep_ent=metrics["world_model/posterior_entropy"])

@@ -37,7 +37,7 @@ def authors_seeds(task: str) -> list[np.ndarray]:
     """The authors' five curves of a DeepMind Control task or Atari game: (environment steps, return) each, (2, points);
     [] for other environments."""
     control = task.startswith("dm_control")
-    name = re.sub("^(dm_control|ALE)-|(NoFrameskip)?-v\\d$", "", task).replace("-", "_").lower()
+    name = re.sub(r"^(dm_control|ALE)-|(NoFrameskip)?-v\d$", "", task).replace("-", "_").lower()
     file = HERE / "published" / ("dmc_proprio.csv" if control else "atari100k.csv")
     rows = [row.split(",") for row in file.read_text().split()[1:]]
     seeds = sorted({row[1] for row in rows if row[0] == name})
