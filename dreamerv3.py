@@ -122,7 +122,7 @@ class Args:
     # Logging
     log_frequency: int = 100  # agent steps between two records of losses in TensorBoard
     video_frequency: int = 1000  # updates between two dreams (open-loop predictions), runs/{run_name}/dreams; 0: none
-    checkpoint_frequency: int = 10_000  # agent steps between two checkpoints; 0 writes only the final one
+    checkpoint_frequency: int = 10_000  # agent steps between two checkpoints; 0: only at the end and before evaluations
     resume: str = ""  # run folder runs/{run_name} to continue, under its stored flags
     # Evaluation
     eval_only: bool = False  # play eval_episodes with the agent of --resume (folder, checkpoint or model.pt) and exit
@@ -194,7 +194,7 @@ def policy(agent: Agent, obs: dict[str, Tensor], state: tuple, is_first: Tensor)
     return action, (deter, stoch, action)
 
 
-# === 3. World-model loss (paper: equations 2 to 5) ====================================================================
+# === 3. World-model loss (paper: "World model learning") ==============================================================
 def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict, Tensor, Tensor, Tensor, dict]:
     """Losses of the world model on replayed sequences. batch: "obs" a dict of (B, T, …), prev_action (B, T, A), reward,
     is_first, is_last and is_terminal (B, T), deter (B, D) and stoch (B, S, K) of the step before the first. Returns
@@ -269,7 +269,7 @@ def imagine_step(agent: Agent, deter: Tensor, stoch: Tensor, action: Tensor, u: 
     return deter, stoch, feat, agent.actor(feat).sample(noise)
 
 
-# === 5. Lambda-return and return range (paper: equations 6 and 7) =====================================================
+# === 5. Lambda-return and return range (paper: "Critic learning", "Actor learning") ===================================
 @torch.compiler.disable  # an unrolled loop takes long to compile and saves at most 2 % of an update
 def lambda_return(last: Tensor, term: Tensor, reward: Tensor, boot: Tensor, disc: float = 1, lam: float = 0.95):
     """Lambda-returns of trajectories of length L: all arguments (N, L) -> (N, L-1).

@@ -33,7 +33,7 @@ class Replay:
                 f"a capacity of {capacity} steps is less than {length + 1} for each of {num_envs} environments"
             )
         self.capacity, self.kept = capacity, capacity // num_envs  # steps in all, and per environment
-        self.slots = self.kept + 1  # the slot being written is never read: a killed writer leaves no torn step behind
+        self.slots = self.kept + 1  # no sequence has the slot being written: a killed writer leaves no torn step behind
         self.length, self.windows, self.num_envs = length, windows, num_envs
         self.rng = np.random.default_rng(seed)
         shapes = {name: ((num_envs, self.slots, *shape), dtype) for name, (shape, dtype) in {**fields, **FLAGS}.items()}
@@ -46,7 +46,7 @@ class Replay:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         self.clock = self.data.pop("clock")  # (1,) complete steps per environment: the one number that commits a step
-        self.unused = np.zeros(num_envs, np.int64)  # steps since the last online window
+        self.unused = np.zeros(num_envs, np.int64)  # newest steps that were in no online window yet
         self.online = {}  # environment -> first step of its newest complete window, not yet sampled
         self._index_episodes()
 
