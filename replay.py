@@ -85,17 +85,12 @@ class Replay:
         and stoch (B, …), the latents of the step before the first one. Where prev_action or latents do not exist, or
         belong to another episode, is_first is set. Arrays are copies.
         """
-        envs, starts = [], []
-        for env in list(self.online)[:batch_size]:  # the newest stretch of each environment comes first, once
-            start = self.online.pop(env)
-            if start >= self._oldest()[env]:
-                envs.append(env)
-                starts.append(start)
-        env, time, restart = self._draw(batch_size - len(envs))
-        online = np.array(starts, np.int64)[:, None] + np.arange(self.length)
-        env = np.concatenate([np.array(envs, np.int64), env])[:, None]  # (B, 1)
-        time = np.concatenate([online, time])  # (B, T)
-        restart = np.concatenate([np.zeros(online.shape, bool), restart])
+        env, time, restart = self._draw(batch_size)
+        for row, newest in enumerate(list(self.online)[:batch_size]):
+            start = self.online.pop(newest)
+            if start >= self._oldest()[newest]:  # the newest stretch of an environment replaces a drawn one, once
+                env[row], time[row], restart[row] = newest, start + np.arange(self.length), False
+        env = env[:, None]  # (B, 1)
         slot, before = time % self.slots, (time - 1) % self.slots
         batch = {k: v[env, slot] for k, v in self.data.items() if k not in ("action", "deter", "stoch")}
         batch["prev_action"] = self.data["action"][env, before]
@@ -136,7 +131,7 @@ class Replay:
         count = self.now - oldest - (self.length - 1 if self.windows == "stream" else 0)
         count = np.maximum(count, 0)  # (num_envs,) to draw from
         total = np.cumsum(count)
-        if n and total[-1] == 0:
+        if total[-1] == 0:
             raise ValueError(f"nothing to sample: {self.now} steps per environment are stored")
         draw = self.rng.integers(total[-1], size=n)
         env = np.searchsorted(total, draw, side="right")
