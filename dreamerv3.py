@@ -655,8 +655,12 @@ class Adapter(gym.ObservationWrapper):
             out[key] = (x - getattr(space, "start", 0)).astype(spec.dtype).reshape(spec.shape)
         return out
 
+    def reset(self, **options):
+        """As Gymnasium's, but without info: that of several environments may not join."""
+        return self.observation(self.env.reset(**options)[0]), {}
+
     def step(self, action: np.ndarray):
-        """As Gymnasium's, for an action (components,) or (A,). Of info only "episode" is kept: others may not join."""
+        """As Gymnasium's, for an action (components,) or (A,). Of info only "episode" is kept."""
         space = self.env.action_space
         if self.action_spec.nvec:
             x = action.reshape(space.shape) + getattr(space, "start", 0)

@@ -302,7 +302,7 @@ class Chain(gym.Env):
         super().reset(seed=seed)
         assert self.fault != "reset", "two\nlines"
         self.position, self.odd = 0, self.odd if seed is None else seed % 2 or None  # Gymnasium cannot join 1 and None
-        return np.zeros(1, np.float32), {}
+        return np.zeros(1, np.float32), {"odd": self.odd}
 
     def step(self, action):
         assert action in self.action_space
