@@ -186,7 +186,7 @@ def decode_action(action: Tensor, spec: ActionSpec) -> Tensor:
 @torch.compiler.set_stance("force_eager")  # never compiled: its batches are small
 def policy(agent: Agent, obs: dict[str, Tensor], state: tuple, is_first: Tensor) -> tuple[Tensor, tuple]:
     """Act in N environments, in float32: obs key -> (N, …), is_first (N,), state (deter, stoch, action) of the step
-    before, the first being `agent.rssm.initial(N)` and zeros (N, A) -> the sampled action (N, A) and a new state."""
+    before, the first being `agent.rssm.initial(N)` -> the sampled action (N, A) and a new state."""
     deter, stoch, action = state
     u = torch.rand(*stoch.shape[:2], device=stoch.device)  # (N, S), samples z
     deter, stoch, _ = agent.rssm.observe_step(deter, stoch, action, agent.encoder(obs), is_first, u)
@@ -516,8 +516,8 @@ def main(argv: list[str] | None = None) -> None:
     reward = np.zeros(args.num_envs, np.float32)
     terminated = truncated = np.zeros(args.num_envs, bool)
     is_first = np.ones(args.num_envs, bool)
-    state = (*agent.rssm.initial(args.num_envs), torch.zeros(args.num_envs, action_spec.size, device=device))
-    while (global_step < args.total_timesteps or owed >= 1) and not stop.now():  # owed: after a kill in the last step
+    state = agent.rssm.initial(args.num_envs)
+    while (global_step < args.total_timesteps or owed >= 1) and not stop.now():  # a resumed run may lack only updates
         # act on what arrived, and store it with the action and the latent state
         tensors = {key: torch.as_tensor(x).to(device) for key, x in obs.items()}
         action, state = act(tensors, state, torch.as_tensor(is_first).to(device))  # policy
@@ -1007,8 +1007,7 @@ def evaluate(agent: Agent, args: Args, episodes: int, seed: int, videos: Path | 
         torch.manual_seed(seed)
         while len(returns) < episodes:
             obs, _ = env.reset(seed=None if returns else seed)
-            state = (*agent.rssm.initial(1), torch.zeros(1, agent.action.size, device=device))
-            is_first, over = True, False
+            state, is_first, over = agent.rssm.initial(1), True, False
             while not over:
                 tensors = {key: torch.as_tensor(x[None]).to(device) for key, x in obs.items()}
                 action, state = policy(agent, tensors, state, torch.tensor([is_first], device=device))

@@ -363,7 +363,7 @@ class RSSM(nn.Module):
 
     def __init__(self, embed: int, action: int, size: Size, unimix: float):
         super().__init__()
-        self.size, self.unimix = size, unimix
+        self.size, self.action_size, self.unimix = size, action, unimix
         deter, hidden, flat = size.deter, size.hidden, size.groups * size.classes
         self.in_deter, self.in_stoch, self.in_action = (dense(n, hidden) for n in (deter, flat, action))
         self.hid = BlockLinear(deter, deter, size.blocks, shared=3 * hidden)
@@ -373,10 +373,10 @@ class RSSM(nn.Module):
         self.post = nn.Sequential(dense(deter + embed, hidden), linear(hidden, flat), to_groups)
         self.prior = nn.Sequential(dense(deter, hidden), dense(hidden, hidden), linear(hidden, flat), to_groups)
 
-    def initial(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Zero state: deter (batch, D), stoch (batch, S, K)."""
-        zeros = self.hid.bias.new_zeros
-        return zeros(batch, self.size.deter), zeros(batch, self.size.groups, self.size.classes)
+    def initial(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What precedes a first step, zeros: deter (batch, D), stoch (batch, S, K), action (batch, A)."""
+        zeros, size = self.hid.bias.new_zeros, self.size
+        return zeros(batch, size.deter), zeros(batch, size.groups, size.classes), zeros(batch, self.action_size)
 
     def core(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
         """Block-diagonal GRU: (N, D), (N, S, K), (N, A) -> (N, D)."""

@@ -252,7 +252,7 @@ def test_update_stays_on_the_device_and_reaches_every_parameter(action, device, 
     batch, agent = make_batch(agent), agent.to(device)
     optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate)
     batch = tree_map(lambda x: x.to(device), batch)
-    obs, state = batch["obs"], (*agent.rssm.initial(2), torch.zeros(2, action.size, device=device))
+    obs, state = batch["obs"], agent.rssm.initial(2)
     with NoHostSync():
         latents, metrics = dreamerv3.train_step(agent, optimizer, batch, args)
         out, _ = dreamerv3.policy(agent, {key: x[:, 0] for key, x in obs.items()}, state, batch["is_first"][:, 0])
