@@ -500,12 +500,12 @@ def main(argv: list[str] | None = None) -> None:
     def abort() -> str:
         """End the run because an environment failed; says what was done."""
         stop.code = stop.code or 1
-        stop.now()  # tells the other ranks, if there are any
+        status = stop.now()  # tells the other ranks, if there are any
         envs.closed = True  # closing what is broken may fail again; worker processes end with this one
         log.bar.close()
         saved = save()
-        if stop.agreed > 1:  # no failure: SLURM or systemd has signalled the worker processes too
-            sys.exit(stop.agreed)
+        if status > 1:  # no failure: SLURM or systemd has signalled the worker processes too
+            sys.exit(status)
         return f"failed at step {global_step}, {'saved' if saved else 'could not save'} {folder}"
 
     def due(frequency: int) -> bool:
@@ -569,7 +569,7 @@ def main(argv: list[str] | None = None) -> None:
         envs.close()
     if args.track and videos:
         import_module("wandb").save(f"{videos}/*/*.mp4", policy="now")
-    if status := stop.code or stop.agreed:
+    if status := stop.now():
         print(f"stopped at step {global_step:,}; continue with: python dreamerv3.py --resume {folder}")
     sys.exit(status or int(not saved))  # an int: wandb does not take a bool
 

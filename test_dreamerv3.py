@@ -1235,22 +1235,22 @@ def test_two_processes_make_the_updates_of_one_on_the_joined_batch(tmp_path, mon
 def test_torchrun_trains_logs_once_and_resumes(tmp_path):
     def output(flags: str) -> str:
         torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 {ROOT / 'dreamerv3.py'}"
-        options = {"cwd": tmp_path, "env": os.environ | {"CUDA_VISIBLE_DEVICES": ""}, "text": True}
-        return subprocess.run([*torchrun.split(), *flags.split()], stdout=subprocess.PIPE, **options).stdout
+        return subprocess.getoutput(f"cd {tmp_path} && CUDA_VISIBLE_DEVICES= {torchrun} {flags}")  # and errors
 
     text = output(f"{FAST} --env-id CartPole-v1 --seed 3 --total-timesteps 150 --checkpoint-frequency 20")
     assert text.count("run folder: ") == 1 and "1 update every 8 agent steps" in text  # both processes' steps
-    (folder,) = tmp_path.glob("runs/*")
-    state = torch.load(folder / "checkpoint.pt")
+    state = saved(folder := next(tmp_path.glob("runs/*")))
     assert state["global_step"] == 150 and state["updates"] == (150 - 64) // 8
     steps = [np.load(folder / name / "obs.obs.npy")[0, :75] for name in ("replay", "replay1")]
     assert len(steps[0]) == 75 and not (steps[0] == steps[1]).all(-1).any()  # environments of their own
     (folder / "checkpoint_previous.pt").rename(folder / "checkpoint.pt")  # as if killed after the one of step 140
     text = output(f"--resume {folder} --total-timesteps 160")
     assert text.count("resumed at step 150 after 9 updates") == 1
-    assert torch.load(folder / "checkpoint.pt")["updates"] == 12 and len(scalars(folder)["charts/updates"]) > 0
-    output(f"{FAST} --env-id test_dreamerv3:Dreamer-nan-v0 --train-ratio 64 --exp-name fails")  # in process 1 alone
-    assert torch.load(next(tmp_path.glob("runs/*fails*/checkpoint.pt")))["global_step"] == 2 * 59  # process 0 saved
+    assert saved(folder)["updates"] == 12 and len(scalars(folder)["charts/updates"]) > 0
+    for name, flags in {"early": "--train-ratio 64", "last": "--train-ratio 1 --total-timesteps 118"}.items():
+        text = output(f"{FAST} --env-id test_dreamerv3:Dreamer-nan-v0 {flags} --exp-name {name}")  # in process 1 alone
+        assert "failed at step 118, saved runs/" in text
+        assert saved(next(tmp_path.glob(f"runs/*{name}*")))["global_step"] == 2 * 59  # by process 0
 
 
 # === the README's environments ========================================================================================
