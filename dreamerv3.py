@@ -312,8 +312,8 @@ class ReturnNorm(nn.Module):
 
 # === 6. Actor and critic losses (paper: "Critic learning", "Actor learning") ==========================================
 def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args) -> tuple[dict[str, Tensor], Tensor, dict]:
-    """Losses on imagined trajectories feat (N, H+1, F), action (N, H+1, A), neither with gradient: -> the losses (N,),
-    the lambda-returns R (N, H), and metrics. Updates the return range."""
+    """Losses on imagined trajectories feat (N, H+1, F), action (N, H+1, A), neither with gradient: -> the losses and
+    the lambda-returns R, (N, H) each, and metrics. Updates the return range."""
     with torch.no_grad():
         reward = agent.twohot.mean(agent.reward(feat))  # (N, H+1)
         cont = agent.cont(feat).squeeze(-1).float().sigmoid()  # (N, H+1), the discount is in it
@@ -328,8 +328,7 @@ def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args) ->
     pi = agent.actor(feat[:, :-1])
     entropy = pi.entropy()  # (N, H)
     actor_loss = -weight * (pi.log_prob(action[:, :-1]) * advantage + args.ent_coef * entropy)  # (N, H)
-    critic_losses = weight * critic_loss(agent, feat, value_logits, returns, args)  # (N, H)
-    losses = {"actor": actor_loss.mean(1), "critic": critic_losses.mean(1)}  # (N,) each
+    losses = {"actor": actor_loss, "critic": weight * critic_loss(agent, feat, value_logits, returns, args)}  # (N, H)
     metrics = {"return_mean": returns, "return_scale": agent.return_norm.scale, "advantage_mag": advantage.abs()}
     metrics |= {"value_mean": value, "reward_mean": reward, "continue_mean": cont, "actor_entropy": entropy.detach()}
     return losses, returns, {f"behavior/{name}": x.mean() for name, x in metrics.items()}

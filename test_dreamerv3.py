@@ -1160,7 +1160,7 @@ def test_golden_forward(golden, argmax_sampling):
     behavior, returns, metrics = dreamerv3.actor_critic_loss(agent, imagined, actions, args)
     norm, boot = agent.return_norm, returns[:, 0].unflatten(0, lead)
     replayed = dreamerv3.replay_critic_loss(agent, feat, batch, boot, args)
-    policy, value = (behavior[name].unflatten(0, lead) for name in ("actor", "critic"))
+    policy, value = (behavior[name].mean(1).unflatten(0, lead) for name in ("actor", "critic"))
     golden.close("out/loss/", policy=policy, value=value, repval=replayed)
     golden.close("out/retnorm/", lo=norm.lo, hi=norm.hi)
     golden.close("out/metrics/", ret=((returns - norm.lo) / norm.scale).mean(), tar=metrics["behavior/return_mean"])
