@@ -968,19 +968,19 @@ def load_checkpoint(path: Path, keys: list[str] = CHECKPOINT) -> tuple[Args, dic
 def resume_run(args: Args, state: dict, parts: dict, rank: int, all_envs: int, steps_per_update: float) -> tuple:
     """Load a checkpoint, if there is one, into agent, optimizer and replay (parts), and set the random state: ->
     global_step, updates, updates owed, and the step after which updates begin."""
-    replay = parts.pop("replay") if rank else parts["replay"]  # other ranks keep their own random stream
+    replay = parts["replay"]
     global_step, updates, owed = (state.get(name, 0) for name in ("global_step", "updates", "owed"))
     stored = -max_over_ranks(-replay.now) * all_envs  # by all ranks
     missing = max(0, args.learning_starts - stored)
     if state:
         with exit_on_error("--resume names a run of other spaces or another size", KeyError, RuntimeError, ValueError):
             for name, part in parts.items():
-                part.load_state_dict(state[name])
+                if name != "replay" or rank == 0:  # other ranks keep their own random stream
+                    part.load_state_dict(state[name])
         torch.set_rng_state(state["torch_rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])  # none of a run on a CPU
-        if args.persist_replay and stored > global_step:  # killed after its last checkpoint: the steps are there
-            owed += max(0, stored - max(global_step, args.learning_starts)) / steps_per_update
-            global_step = stored
+        owed += max(0, stored - max(global_step, args.learning_starts)) / steps_per_update
+        global_step = max(global_step, stored)  # more are stored when it was killed after its last checkpoint
         refill = f": TOO FEW, collecting {missing:,} before the next update" if missing else ""
         done = f"step {global_step:,} after {updates:,} updates, {int(owed):,} owed"
         print(f"resumed at {done}, {len(replay):,} steps in the replay buffer{refill}", flush=True)
