@@ -32,6 +32,7 @@ start at `loss`, `train_step` and `main`. The second half holds everything else,
 import copy
 import ctypes
 import io
+import itertools
 import math
 import multiprocessing
 import os
@@ -1091,11 +1092,8 @@ def compiled(update):
     torch._dynamo.config.cache_size_limit = 64  # shapes per function; beyond the limit it would be eager silently
     for owner, name in COMPILED:
         setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
-    first = iter([True])  # next(first, False) is true once
 
-    def call(batch: dict):
-        if not next(first, False):
-            return update(batch)
+    def first(batch: dict):
         print("first update: compiling, one or two minutes the first time and a few seconds later", flush=True)
         start = time.time()
         try:
@@ -1107,7 +1105,8 @@ def compiled(update):
         finally:
             print(f"first update: done after {time.time() - start:.0f} s", flush=True)
 
-    return call
+    calls = itertools.chain([first], itertools.repeat(update))
+    return lambda batch: next(calls)(batch)
 
 
 class Graph:
