@@ -92,8 +92,8 @@ class Args:
     batch_size: int = 16  # B, sequences per update and training process
     batch_length: int = 64  # T, steps per sequence
     pred_scale: float = 1.0  # beta_pred, weight of the reconstruction, reward and continue losses
-    dyn_scale: float = 1.0  # beta_dyn, weight of the KL loss towards the posterior (0.5 in the 2023 preprint)
-    rep_scale: float = 0.1  # beta_rep, weight of the KL loss towards the prior
+    dyn_scale: float = 1.0  # beta_dyn, weight of the KL loss that trains the prior (0.5 in the 2023 preprint)
+    rep_scale: float = 0.1  # beta_rep, weight of the KL loss that trains the posterior
     free_nats: float = 1.0  # KL below which neither KL loss has a gradient
     unimix: float = 0.01  # uniform probability mixed into the latent categoricals
     twohot: Literal["symexp", "symlog"] = "symexp"  # symexp-spaced bins, or even bins for symlog targets (preprint)
@@ -118,7 +118,7 @@ class Args:
     cudagraphs: bool = True  # on CUDA, launch the policy and the update as one graph each; not under torchrun
     # Replay
     buffer_size: int = 1_000_000  # steps kept per training process; never more than its share of total_timesteps
-    replay_windows: Literal["episode", "stream"] = "episode"  # sequences repeat one episode, or cross them (official)
+    replay_windows: Literal["episode", "stream"] = "episode"  # a sequence repeats one episode, or runs on (official)
     persist_replay: bool = True  # keep the replay buffer in memory-mapped files of the run folder, for --resume
     # Logging
     log_frequency: int = 100  # agent steps between two records of losses in TensorBoard
@@ -164,7 +164,7 @@ class Agent(nn.Module):
 
 
 def get_feat(deter: Tensor, stoch: Tensor) -> Tensor:
-    """(…, D), (…, S, K) -> (…, F), for all heads but the decoder; cast once, not in every head."""
+    """(…, D), (…, S, K) -> (…, F), the input of all heads but the decoder; autocast would cast it in each of them."""
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cuda" if deter.is_cuda else "cpu") else torch.float32
     return torch.cat([deter, stoch.flatten(-2)], -1).to(dtype)
 
@@ -199,26 +199,25 @@ def policy(agent: Agent, obs: dict[str, Tensor], state: tuple, is_first: Tensor)
 def world_model_loss(agent: Agent, batch: dict, args: Args) -> tuple[dict, Tensor, Tensor, Tensor, dict]:
     """Losses of the world model on replayed sequences. batch: "obs" a dict of (B, T, …), prev_action (B, T, A), reward,
     is_first, is_last and is_terminal (B, T), deter (B, D) and stoch (B, S, K) of the step before the first. Returns
-    losses, each (B, T), then with gradient the posterior deter (B, T, D) and stoch (B, T, S, K) and the features
-    (B, T, F), and metrics."""
-    # the gradients of these leaves are not used: step 0 is to look to torch.compile as the later steps do
-    start = [batch[name].detach().requires_grad_() for name in ("deter", "stoch")]  # (B, D), (B, S, K)
+    losses, each (B, T), the posterior deter (B, T, D) and stoch (B, T, S, K) and the features (B, T, F), all three with
+    gradient, and metrics."""
+    start = batch["deter"], batch["stoch"]  # (B, D), (B, S, K)
     embed = agent.encoder(batch["obs"])  # (B, T, E)
     # h: (B, T, D), z: (B, T, S, K), and the logits of the posterior (B, T, S, K) that z is a sample of
-    deter, stoch, post = agent.rssm.observe(*start, batch["prev_action"], embed, batch["is_first"])
-    prior = agent.rssm.prior(deter).float()  # (B, T, S, K), logits of the prior: a prediction of z from h alone
+    deter, stoch, post_logits = agent.rssm.observe(*start, batch["prev_action"], embed, batch["is_first"])
+    prior_logits = agent.rssm.prior(deter).float()  # (B, T, S, K): the prior predicts z from h alone
     feat = get_feat(deter, stoch)  # (B, T, F)
     recon = agent.decoder(deter, stoch)  # key -> (B, T, …)
     reward_logits = agent.reward(feat)  # (B, T, V)
     cont_logit = agent.cont(feat).squeeze(-1).float()  # (B, T)
-    cont_target = (~batch["is_terminal"]).float() * args.gamma  # (B, T): imagination needs no other discount
+    cont_target = (~batch["is_terminal"]).float() * args.gamma  # (B, T): the predictor learns the discount too
 
     losses = {
         "recon": sum(recon_loss(recon[key], batch["obs"][key]) for key in recon),
         "reward": agent.twohot.loss(reward_logits, batch["reward"]),
         "continue": F.binary_cross_entropy_with_logits(cont_logit, cont_target, reduction="none"),
     }
-    kl, metrics = kl_losses(post, prior, args)
+    kl, metrics = kl_losses(post_logits, prior_logits, args)
     return losses | kl, deter, stoch, feat, metrics
 
 
@@ -233,8 +232,8 @@ def recon_loss(recon: Tensor, target: Tensor) -> Tensor:
 
 
 def kl_losses(post_logits: Tensor, prior_logits: Tensor, args: Args) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Dynamics and representation loss (B, T) from posterior and prior logits (B, T, S, K), and mean entropies. KL is
-    summed over the S groups before the free nats are applied: they are per step."""
+    """Dynamics and representation loss (B, T) from posterior and prior logits (B, T, S, K), and mean entropies. Free
+    nats are per step: they limit the KL summed over all S groups."""
     post, prior = OneHot(post_logits, args.unimix), OneHot(prior_logits, args.unimix)
     fixed_post, fixed_prior = OneHot(post_logits.detach(), args.unimix), OneHot(prior_logits.detach(), args.unimix)
     losses = {
@@ -258,7 +257,7 @@ def imagine(agent: Agent, deter: Tensor, stoch: Tensor, horizon: int) -> tuple[T
         deter, stoch, feat, action = imagine_step(agent, deter, stoch, actions[-1], u[h], noise[h + 1])
         feats.append(feat)
         actions.append(action)
-    torch.clear_autocast_cache()  # else some releases reuse these gradient-free casts in the actor's loss
+    torch.clear_autocast_cache()  # else some releases of torch reuse its gradient-free casts of weights in the losses
     return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
@@ -452,9 +451,9 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = join_ranks()  # 0 and 1 unless under torchrun
     args, resumed = parse_args(argv)  # resumed: the checkpoint of --resume, or {}
     device = choose_device(args)  # also resolves the flags that are "auto" and sets all seeds
-    begun = max_over_ranks(int(time.time()))  # the clocks may differ
+    begun = max_over_ranks(int(time.time()))  # the same name in all ranks
     folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{begun}")
-    folder = folder.parent if args.resume and not folder.is_dir() else folder  # a checkpoint's
+    folder = folder.parent if args.resume and not folder.is_dir() else folder  # --resume may name a file in it
     videos = Path("videos", folder.name) if args.capture_video and not rank else None
     if args.eval_only:
         with exit_on_error(args.env_id, Exception, abort=lambda: "failed"):  # one line, exit status 2
@@ -464,7 +463,7 @@ def main(argv: list[str] | None = None) -> None:
     all_envs = args.num_envs * world  # of all processes: their steps are counted together
     steps_per_update = args.batch_size * args.batch_length * world / args.train_ratio  # agent steps per update
 
-    with exit_on_error(f"--env-id {args.env_id} cannot be made", Exception):  # in a worker process
+    with exit_on_error(f"--env-id {args.env_id} cannot be made", Exception):  # in a worker: make_env exits by itself
         envs = make_envs(args, videos and videos / f"train-{resumed.get('global_step', 0)}")
     specs, action_spec, repeat = (envs.get_attr(name)[0] for name in ("specs", "action_spec", "repeat"))
     if args.track and not rank:

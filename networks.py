@@ -405,6 +405,8 @@ class RSSM(nn.Module):
     def observe(self, deter, stoch, prev_action, embed, is_first):
         """Filter sequences. deter (B, D), stoch (B, S, K): the state before the first step; prev_action (B, T, A): the
         one before each step; embed (B, T, E); is_first (B, T) -> deter (B, T, D), stoch and logits (B, T, S, K)."""
+        # as leaves with a gradient, which is not used, they look to torch.compile as those of later steps do
+        deter, stoch = deter.detach().requires_grad_(), stoch.detach().requires_grad_()
         u = torch.rand(*is_first.shape, self.size.groups, device=embed.device)  # (B, T, S)
         # on a CPU, products of B rows with weights smaller than those of 12m are faster in float32
         float32 = embed.device.type == "cpu" and self.size.deter < 1024
