@@ -857,7 +857,7 @@ class Log:
     def __init__(self, folder, args, rank, all_envs, repeat, step: int, updates: int, seconds: float):
         self.args, self.all_envs, self.repeat, self.folder, self.returns = args, all_envs, repeat, folder, []
         self.begin, self.last = time.time() - seconds, (time.time(), step, updates)  # at the last record of metrics
-        self.metrics, self.window, self.updating = {}, [], 0.0  # of all updates since then
+        self.names, self.window, self.updating = [], [], 0.0  # of the metrics; values and time of updates since
         wait = 0.5 if sys.stderr.isatty() else 20
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", mininterval=wait, disable=rank > 0)
         self.writer = SummaryWriter(folder if not rank else folder / f"rank{rank}")
@@ -875,13 +875,13 @@ class Log:
 
     def update(self, metrics: dict[str, Tensor]) -> None:
         """Keep the metrics of an update, on the device, until they are recorded."""
-        self.metrics = metrics
+        self.names = [*metrics]
         self.window.append(torch.stack([*metrics.values()]))  # (metrics,)
 
     def means(self, step: int) -> dict[str, float]:
         """Of the metrics since the last record. Stops the program when one of them is not finite."""
         values = torch.stack(self.window).mean(0).tolist() if self.window else []
-        means = dict(zip(self.metrics, values, strict=True))
+        means = dict(zip(self.names, values, strict=True))
         for name in (name for name, x in means.items() if not math.isfinite(x)):
             sys.exit(f"dreamerv3.py: {name} is not finite at step {step}; the last checkpoint is in {self.folder}")
         return means
@@ -903,7 +903,7 @@ class Log:
             charts = {"SPS": steps / seconds, "updates_per_second": done / seconds, "train_ratio": replayed / step}
             charts |= {"updates": updates, "frames": frames, "time_share_update": self.updating / seconds}
             self.record(step, self.means(step) | {f"charts/{name}": x for name, x in charts.items()})
-            self.metrics, self.window, self.updating, self.last = {}, [], 0.0, (time.time(), step, updates)
+            self.names, self.window, self.updating, self.last = [], [], 0.0, (time.time(), step, updates)
 
 
 def track(args: Args, name: str) -> None:
