@@ -607,7 +607,7 @@ def obs_spec(space: gym.Space, image_size: int) -> ObsSpec | None:
     return ObsSpec((image_size, image_size, space.shape[2]) if image else (math.prod(space.shape),))
 
 
-class Adapter(gym.ObservationWrapper):
+class Adapter(gym.Wrapper):
     """Any supported environment as flat arrays. Raises ValueError for spaces and values that are not supported.
 
     Observations become one dict, nested keys joined by "/" (a space without keys is "obs"): images uint8 (image_size,
