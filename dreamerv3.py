@@ -118,7 +118,7 @@ class Args:
     cudagraphs: bool = True  # on CUDA, launch the policy and the update as one graph each; not under torchrun
     # Replay
     buffer_size: int = 1_000_000  # steps kept per training process; never more than its share of total_timesteps
-    replay_windows: Literal["episode", "stream"] = "episode"  # a sequence repeats one episode, or runs on (official)
+    replay_windows: Literal["episode", "stream"] = "episode"  # at an episode's end: start it over, or run on (official)
     persist_replay: bool = True  # keep the replay buffer in memory-mapped files of the run folder, for --resume
     # Logging
     log_frequency: int = 100  # agent steps between two records of losses in TensorBoard
