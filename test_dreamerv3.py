@@ -1239,8 +1239,8 @@ def test_torchrun_trains_logs_once_and_resumes(tmp_path):
 
     text = output(f"{FAST} --env-id CartPole-v1 --seed 3 --total-timesteps 150 --checkpoint-frequency 20")
     assert text.count("run folder: ") == 1 and "1 update every 8 agent steps" in text  # both processes' steps
-    state = saved(folder := next(tmp_path.glob("runs/*")))
-    assert state["global_step"] == 150 and state["updates"] == (150 - 64) // 8
+    (folder,) = tmp_path.glob("runs/*")  # one for both
+    assert (saved(folder)["global_step"], saved(folder)["updates"]) == (150, (150 - 64) // 8)
     steps = [np.load(folder / name / "obs.obs.npy")[0, :75] for name in ("replay", "replay1")]
     assert len(steps[0]) == 75 and not (steps[0] == steps[1]).all(-1).any()  # environments of their own
     (folder / "checkpoint_previous.pt").rename(folder / "checkpoint.pt")  # as if killed after the one of step 140
