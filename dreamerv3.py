@@ -1117,7 +1117,7 @@ class Graph:
         self.function, self.graph, self.calls = function, None, 0
 
     def __call__(self, *inputs):
-        if self.calls == 1:
+        if self.calls == 1 and self.graph is None:
             try:
                 self.inputs, graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):

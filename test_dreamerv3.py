@@ -12,7 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import cv2
 import gymnasium as gym
@@ -273,6 +273,15 @@ def test_captured_updates_are_the_updates(precision):
         update = wrap(partial(dreamerv3.train_step, agent, optimizer, args=args))
         results.append([tree_map(torch.clone, update(batch)) for batch in batches] + [agent.state_dict()])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_an_update_is_captured_once(monkeypatch):
+    for name in ("CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    update = Mock(side_effect=lambda x: x)
+    graph = dreamerv3.Graph(update)
+    assert [graph(torch.tensor(i)).item() for i in range(5)] == [*range(5)]
+    assert update.call_count == 2 and graph.graph.replay.call_count == 4  # it runs plainly, then while it is captured
 
 
 def test_what_cannot_be_captured_or_compiled_runs_as_it_is(capsys, monkeypatch):
