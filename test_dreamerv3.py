@@ -275,26 +275,25 @@ def test_captured_updates_are_the_updates(precision):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
-def test_an_update_is_captured_once(monkeypatch):
-    for name in ("CUDAGraph", "graph"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
+@pytest.mark.parametrize("captured", [True, False])
+def test_an_update_is_captured_once_or_runs_as_it_is(captured, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock(side_effect=None if captured else RuntimeError))
+    monkeypatch.setattr(torch.cuda, "graph", MagicMock())
     update = Mock(side_effect=lambda x: x)
     graph = dreamerv3.Graph(update)
     assert [graph(torch.tensor(i)).item() for i in range(5)] == [*range(5)]
-    assert update.call_count == 2 and graph.graph.replay.call_count == 4  # it runs plainly, then while it is captured
+    assert update.call_count == (2 if captured else 5)  # plainly, then while it is captured
+    assert capsys.readouterr().out.count("cannot capture a CUDA graph, going on without: ") == (not captured)
 
 
-def test_what_cannot_be_captured_or_compiled_runs_as_it_is(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: torch.zeros(2) + torch.zeros(3))  # raises RuntimeError
+def test_what_cannot_be_compiled_runs_as_it_is(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda *inputs: 1 / 0))
     monkeypatch.setattr(dreamerv3, "COMPILED", [(networks, "symlog")])
     monkeypatch.setattr(networks, "symlog", networks.symlog)  # restored afterwards
-    for function in (dreamerv3.Graph(torch.neg), dreamerv3.compiled(lambda x: -networks.symlog(x).sign())):
-        assert [function(torch.ones(()) * i) for i in (0, 1, 1, 1)] == [0, -1, -1, -1]
+    function = dreamerv3.compiled(lambda x: -networks.symlog(x).sign())
+    assert [function(torch.ones(()) * i) for i in (0, 1, 1)] == [0, -1, -1]
     torch.compiler.set_stance("default")
-    out = capsys.readouterr().out
-    assert out.count("cannot capture a CUDA graph, going on without: ") == 1
-    assert out.count("cannot compile, going on in eager mode: ") == 1
+    assert capsys.readouterr().out.count("cannot compile, going on in eager mode: ") == 1
 
 
 # === the time line ====================================================================================================
@@ -530,15 +529,10 @@ gym.register("DreamerEverything-v0", Everything)
 
 def test_adapter_flattens_every_space():
     env = dreamerv3.Adapter(Everything(), 48)
-    assert env.specs == {
-        "camera": ObsSpec((48, 48, 1)),
-        "tuple/0": ObsSpec((), 3),
-        "tuple/1": ObsSpec((4,), 2),
-        "deep/multi": ObsSpec((2,), 7),
-        "deep/bool": ObsSpec((1,)),
-        "small": ObsSpec((300,)),
-        "double": ObsSpec((4,)),
-    }
+    specs = {"camera": ObsSpec((48, 48, 1)), "small": ObsSpec((300,)), "double": ObsSpec((4,))}
+    specs |= {"tuple/0": ObsSpec((), 3), "tuple/1": ObsSpec((4,), 2)}
+    specs |= {"deep/multi": ObsSpec((2,), 7), "deep/bool": ObsSpec((1,))}
+    assert env.specs == specs
     obs, _ = env.reset(seed=0)
     assert env.observation_space.contains(obs) and obs["tuple/0"] in (0, 1, 2)
     assert env.action_spec == ActionSpec((2, 3), 5)
@@ -672,8 +666,7 @@ def test_a_run_trains_and_leaves_its_files(flags, frames, program, capsys, tmp_p
     total, ratio = (float(re.findall(rf"--{flag} ([\d.]+)", flags)[-1]) for flag in ("total-timesteps", "train-ratio"))
     envs = 4 if "--num-envs" in flags else 1
     updates = math.floor(ratio * (total - 40 - (total - 40) % envs) / (4 * 8))
-    state = saved(folder)
-    assert (state["global_step"], state["updates"]) == (total, updates) and updates > 0
+    assert (saved(folder)["global_step"], saved(folder)["updates"]) == (total, updates) and updates > 0
     assert (folder / "model.pt").exists() == ("--save-model" in flags)
     videos = {path.name for path in tmp_path.glob("videos/*/train-0/*.mp4")}  # of the first environment
     assert ("rl-video-episode-0.mp4" in videos) == ("--capture-video" in flags)
@@ -777,7 +770,6 @@ def test_a_run_survives_sigkills_at_random_moments(tmp_path):
         clock = np.load(folder / "replay" / "clock.npy")
         state = dreamerv3.load_checkpoint(folder)[1]
         assert clock[0] - every * (kill + 1) <= state["global_step"] <= clock[0]  # every kill may cut one save short
-        assert state["updates"] >= updates
         assert state["updates"] + state["owed"] == pytest.approx(max(0, state["global_step"] - 64) * 16 / (2 * 8))
         updates = state["updates"]
     assert state["global_step"] == clock[0]
@@ -1025,8 +1017,7 @@ def test_videos_show_every_step_of_an_episode(program, tmp_path):
     for episode, length in enumerate(dreamerv3.evaluate(agent, args, 3, args.seed)):  # CartPole pays 1 per step
         video = cv2.VideoCapture(f"videos/{folder.name}/eval-only/rl-video-episode-{episode}.mp4")
         assert 0 <= video.get(cv2.CAP_PROP_FRAME_COUNT) - length <= 1  # moviepy may drop the last one
-    names = {path.parent.name for path in Path("videos", folder.name).glob("*/*.mp4")}
-    assert names == {"train-0", "eval-100", "eval-only"}
+    assert {path.name for path in Path("videos", folder.name).iterdir()} == {"train-0", "eval-100", "eval-only"}
 
 
 def test_tracking_passes_on_what_cleanrl_does(program, monkeypatch, tmp_path):
