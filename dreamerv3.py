@@ -1111,23 +1111,22 @@ def compiled(update):
 class Graph:
     """A function of GPU tensors, launched as one graph, since launching a kernel takes longer than most of them run.
     The first call runs the function, which loads its kernels; the next captures the graph, for inputs of its shapes.
-    What a call returns is overwritten by the next one. Where capturing fails, the function itself goes on."""
+    What a call returns is overwritten by the next one."""
 
     def __init__(self, function):
-        self.function, self.graph, self.calls = function, None, 0
+        self.function, self.graph, self.ran = function, None, False
 
     def __call__(self, *inputs):
-        if self.calls == 1 and self.graph is None:
-            try:
-                self.inputs, graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    self.outputs = self.function(*self.inputs)
-                self.graph = graph
-            except RuntimeError as error:
-                print(f"cannot capture a CUDA graph, going on without: {str(error)[:200]!r}", flush=True)
-        if self.graph is None:
-            outputs, self.calls = self.function(*inputs), self.calls + 1  # a first call that raises does not count
+        if not self.ran:
+            outputs, self.ran = self.function(*inputs), True  # a call that raises does not count
             return outputs
+        if self.graph is None:
+            self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph):
+                    self.outputs = self.function(*self.inputs)
+            except RuntimeError as error:  # torch cannot go on: it still captures
+                fail(f"cannot capture a CUDA graph, add --no-cudagraphs: {error.__context__ or error}")
         tree_map(Tensor.copy_, self.inputs, inputs)
         self.graph.replay()
         return self.outputs

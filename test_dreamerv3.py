@@ -275,15 +275,16 @@ def test_captured_updates_are_the_updates(precision):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("captured", [True, False])
-def test_an_update_is_captured_once_or_runs_as_it_is(captured, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock(side_effect=None if captured else RuntimeError))
-    monkeypatch.setattr(torch.cuda, "graph", MagicMock())
+def test_an_update_is_captured_once_or_the_program_ends(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "cuda", cuda := MagicMock())
     update = Mock(side_effect=lambda x: x)
-    graph = dreamerv3.Graph(update)
+    graph, broken = dreamerv3.Graph(update), dreamerv3.Graph(Mock(side_effect=[0, RuntimeError("the cause")]))
     assert [graph(torch.tensor(i)).item() for i in range(5)] == [*range(5)]
-    assert update.call_count == (2 if captured else 5)  # plainly, then while it is captured
-    assert capsys.readouterr().out.count("cannot capture a CUDA graph, going on without: ") == (not captured)
+    assert update.call_count == 2 and broken(torch.ones(1)) == 0  # plainly; the other call was captured
+    cuda.graph.return_value.__exit__.side_effect = RuntimeError("a consequence")
+    with pytest.raises(SystemExit):
+        broken(torch.ones(1))
+    assert "cannot capture a CUDA graph, add --no-cudagraphs: the cause" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(capsys, monkeypatch):
@@ -699,8 +700,7 @@ def test_bad_input_gives_one_line_and_status_2(flags, program, capsys, tmp_path,
 
 
 def test_limits_count_the_processes_that_train_together(monkeypatch, capsys):
-    monkeypatch.setattr(dreamerv3.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dreamerv3.dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr(dreamerv3, "dist", Mock(get_world_size=lambda: 8))
     least = {"buffer_size": 65 * 16, "learning_starts": 64 * 16 * 8, "total_timesteps": 65 * 16 * 8}
     dreamerv3.check_args(Args(num_envs=16, **least))
     for name in least:
