@@ -229,9 +229,11 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
         x = x.unflatten(-1, (self.blocks, self.inputs)).transpose(0, 1)  # (G, N, I)
-        if shared is not None:
-            x = torch.cat([x, shared.expand(self.blocks, -1, -1)], -1)  # (G, N, I + J)
-        return torch.bmm(x, self.weight).transpose(0, 1).flatten(1) + self.bias
+        out = torch.bmm(x, self.weight[:, : self.inputs]).transpose(0, 1).flatten(1) + self.bias
+        if shared is not None:  # expanded, so that neither `shared` nor the weights are copied
+            product = torch.bmm(shared.expand(self.blocks, -1, -1), self.weight[:, self.inputs :])  # (G, N, outputs/G)
+            out = out + product.transpose(0, 1).flatten(1)
+        return out
 
 
 def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
