@@ -938,11 +938,12 @@ def save_run(folder: Path, args: Args, agent: Agent, optimizer: LaProp, replay: 
             os.replace(path, folder / "checkpoint_previous.pt")
         os.replace(temporary, path)
         if args.save_model:
-            torch.save({"args": state["args"], "agent": state["agent"]}, folder / "model.pt")
+            torch.save({"args": state["args"], "agent": state["agent"]}, temporary)
+            os.replace(temporary, folder / "model.pt")
         return True
     except (OSError, RuntimeError) as error:  # a full disk may be either in torch.save
         temporary.unlink(missing_ok=True)  # it needs the space
-        print(f"warning: no checkpoint at step {counters['global_step']:,}, {error}: training goes on", flush=True)
+        print(f"warning: cannot save at step {counters['global_step']:,}, {error}: training goes on", flush=True)
         return False
 
 
