@@ -42,7 +42,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial, reduce
@@ -233,7 +233,7 @@ def recon_loss(recon: Tensor, target: Tensor) -> Tensor:
 
 def kl_losses(post_logits: Tensor, prior_logits: Tensor, args: Args) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Dynamics and representation loss (B, T) from posterior and prior logits (B, T, S, K), and mean entropies. Free
-    nats are per step: they limit the KL summed over all S groups."""
+    nats are per step: a floor under the KL summed over all S groups."""
     post, prior = OneHot(post_logits, args.unimix), OneHot(prior_logits, args.unimix)
     fixed_post, fixed_prior = OneHot(post_logits.detach(), args.unimix), OneHot(prior_logits.detach(), args.unimix)
     losses = {
@@ -400,8 +400,7 @@ class LaProp(torch.optim.Optimizer):
 def loss(agent: Agent, batch: dict, args: Args) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
     """The sum of all losses on one batch, shaped as for world_model_loss: -> total (), the posterior latents deter
     (B, T, D) and stoch (B, T, S, K), and metrics; latents and metrics are detached."""
-    half = args.precision == "bfloat16"
-    with torch.autocast(batch["reward"].device.type, torch.bfloat16) if half else nullcontext():
+    with torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
         losses, deter, stoch, feat, metrics = world_model_loss(agent, batch, args)
         # imagination starts from all B*T posterior states, detached: losses on imagined states do not train the model
         starts = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)  # (N, D), (N, S, K)
@@ -454,7 +453,8 @@ def main(argv: list[str] | None = None) -> None:
     begun = max_over_ranks(int(time.time()))  # the same name in all ranks
     folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{begun}")
     folder = folder.parent if args.resume and not folder.is_dir() else folder  # --resume may name a file in it
-    videos = Path("videos", folder.name) if args.capture_video and not rank else None
+    run_name = "/".join(folder.parts[-1 - args.env_id.count("/") :])
+    videos = Path("videos", run_name) if args.capture_video and not rank else None
     if args.eval_only:
         with exit_on_error(args.env_id, Exception, abort=lambda: "failed"):  # one line, exit status 2
             agent, _ = load_agent(args.resume, device)
@@ -463,11 +463,11 @@ def main(argv: list[str] | None = None) -> None:
     all_envs = args.num_envs * world  # of all processes: their steps are counted together
     steps_per_update = args.batch_size * args.batch_length * world / args.train_ratio  # agent steps per update
 
-    with exit_on_error(f"--env-id {args.env_id} cannot be made", Exception):  # in a worker: make_env exits by itself
+    with exit_on_error(f"--env-id {args.env_id} cannot be made", Exception):  # in a worker; else make_env has exited
         envs = make_envs(args, videos and videos / f"train-{resumed.get('global_step', 0)}")
     specs, action_spec, repeat = (envs.get_attr(name)[0] for name in ("specs", "action_spec", "repeat"))
     if args.track and not rank:
-        track(args, folder.name)
+        track(args, run_name)
     replay = make_replay(args, specs, action_spec, folder, resumed, rank)
     agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
     optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
@@ -516,7 +516,7 @@ def main(argv: list[str] | None = None) -> None:
     terminated = truncated = np.zeros(args.num_envs, bool)
     is_first = np.ones(args.num_envs, bool)
     state = agent.rssm.initial(args.num_envs)
-    while (global_step < args.total_timesteps or owed >= 1) and not stop.now():  # a resumed run may lack only updates
+    while (global_step < args.total_timesteps or owed >= 1) and not stop.now():  # only updates left: one step more
         # act on what arrived, and store it with the action and the latent state
         tensors = {key: torch.as_tensor(x).to(device) for key, x in obs.items()}
         action, state = act(tensors, state, torch.as_tensor(is_first).to(device))  # policy
@@ -723,8 +723,8 @@ def fail(message: str) -> None:
 
 @contextmanager
 def exit_on_error(what: str, *kinds: type[Exception], abort=None):
-    """Errors of these kinds inside become one line that begins with `what`, and exit status 2. With abort, those of an
-    environment: it is called first and says what was done, and the traceback is printed."""
+    """Errors of these kinds inside become one line that begins with `what`, and exit status 2. abort, for errors of
+    environments, is called first and says what was done; then the traceback is printed too."""
     try:
         yield
     except kinds as error:
@@ -813,7 +813,7 @@ def choose_device(args: Args) -> torch.device:
 
 
 class Stop:
-    """SIGINT and SIGTERM let the current step finish and the run be saved; a second one exits at once."""
+    """SIGINT and SIGTERM end the run, saved, after this step or evaluation; a second one, without torchrun, at once."""
 
     def __init__(self):
         self.code = self.agreed = 0  # exit status: 128 + signal number; the one that all ranks agreed on
@@ -825,7 +825,7 @@ class Stop:
             os._exit(128 + number)
         self.code = 128 + number
         try:
-            print("\nstopping: finishing this step and saving; once more to exit at once", flush=True)
+            print("\nstopping after this step or evaluation, then saving; once more to exit at once", flush=True)
         except OSError:  # the same Ctrl-C has ended `| tee`: from now on, write nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(1, 2)
@@ -856,7 +856,7 @@ class Log:
 
     def __init__(self, folder, args, rank, all_envs, repeat, step: int, updates: int, seconds: float):
         self.args, self.all_envs, self.repeat, self.folder, self.returns = args, all_envs, repeat, folder, []
-        self.begin, self.last = time.time() - seconds, (time.time(), step, updates)  # at the last record of metrics
+        self.begin, self.last = time.time() - seconds, (time.time(), step, updates)  # last: at the last record
         self.names, self.window, self.updating = [], [], 0.0  # of the metrics; values and time of updates since
         wait = 0.5 if sys.stderr.isatty() else 20
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", mininterval=wait, disable=rank > 0)
@@ -948,7 +948,7 @@ def save_run(folder: Path, args: Args, agent: Agent, optimizer: LaProp, replay: 
 
 
 def load_checkpoint(path: Path, keys: list[str] = CHECKPOINT) -> tuple[Args, dict]:
-    """A run folder, or a checkpoint in one, which is tried first -> flags and these keys of the newest good one."""
+    """Flags and these keys of the newest good checkpoint. path: a run folder, or a file in it, which is tried first."""
     folder = path.parent if path.is_file() else path
     newest, problems = folder / "checkpoint.pt", []
     for file in filter(Path.is_file, dict.fromkeys([path, newest, folder / "checkpoint_previous.pt"])):
@@ -971,12 +971,12 @@ def resume_run(args: Args, state: dict, parts: dict, rank: int, all_envs: int, s
     global_step, updates, updates owed, and the step after which updates begin."""
     replay = parts["replay"]
     global_step, updates, owed = (state.get(name, 0) for name in ("global_step", "updates", "owed"))
-    stored = -max_over_ranks(-replay.now) * all_envs  # by all ranks
+    stored = -max_over_ranks(-replay.now) * all_envs  # the fewest of any rank, times all
     missing = max(0, args.learning_starts - stored)
     if state:
         with exit_on_error("--resume names a run of other spaces or another size", KeyError, RuntimeError, ValueError):
             for name, part in parts.items():
-                if name != "replay" or rank == 0:  # other ranks keep their own random stream
+                if name != "replay" or rank == 0:  # only rank 0's is saved: others draw from the start of theirs
                     part.load_state_dict(state[name])
         torch.set_rng_state(state["torch_rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])  # none of a run on a CPU
@@ -1081,7 +1081,7 @@ def write_dream(agent: Agent, batch: dict, folder: Path, writer: SummaryWriter, 
         writer.add_figure("dream/vectors", figure, step)
 
 
-# functions of one step, small ones: the loops over steps would compile for ten minutes
+# no loop over time steps: unrolled, it would compile for ten minutes
 COMPILED = [(networks.RSSM, "observe_step"), (networks.NormSiLU, "on_maps"), (networks, "scale_pixels")]
 COMPILED += [(sys.modules[__name__], x) for x in ("kl_losses", "recon_loss", "imagine_step", "actor_critic_loss")]
 

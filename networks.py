@@ -311,10 +311,8 @@ class Actor(nn.Module):
 
     def noise(self, *shape: int) -> Tensor:
         """What `sample` of an action batch of this shape needs: uniform (…, components) or normal (…, A)."""
-        device = self.outs[0].weight.device
-        if self.action.nvec:
-            return torch.rand(*shape, len(self.action.nvec), device=device)
-        return torch.randn(*shape, self.action.size, device=device)
+        draw, n = (torch.rand, len(self.action.nvec)) if self.action.nvec else (torch.randn, self.action.size)
+        return draw(*shape, n, device=self.outs[0].weight.device)
 
 
 # --- 4. encoder -------------------------------------------------------------------------------------------------------
@@ -405,7 +403,7 @@ class RSSM(nn.Module):
     def observe(self, deter, stoch, prev_action, embed, is_first):
         """Filter sequences. deter (B, D), stoch (B, S, K): the state before the first step; prev_action (B, T, A): the
         one before each step; embed (B, T, E); is_first (B, T) -> deter (B, T, D), stoch and logits (B, T, S, K)."""
-        # as leaves with a gradient, which is not used, they look to torch.compile as those of later steps do
+        # this gradient is not used: with it, step 0 looks to torch.compile like the later ones and compiles with them
         deter, stoch = deter.detach().requires_grad_(), stoch.detach().requires_grad_()
         u = torch.rand(*is_first.shape, self.size.groups, device=embed.device)  # (B, T, S)
         # on a CPU, products of B rows with weights smaller than those of 12m are faster in float32

@@ -29,11 +29,9 @@ class Replay:
 
     def __init__(self, capacity, num_envs, fields, length, windows="episode", seed=0, folder: Path | None = None):
         if capacity // num_envs < length + 1:
-            raise ValueError(
-                f"a capacity of {capacity} steps is less than {length + 1} for each of {num_envs} environments"
-            )
+            raise ValueError(f"a capacity of {capacity} is less than {length + 1} for each of {num_envs} environments")
         self.capacity, self.kept = capacity, capacity // num_envs  # steps in all, and per environment
-        self.slots = self.kept + 1  # no sequence has the slot being written: a killed writer leaves no torn step behind
+        self.slots = self.kept + 1  # one more, never sampled: a kill while it is written tears no stored step
         self.length, self.windows, self.num_envs = length, windows, num_envs
         self.rng = np.random.default_rng(seed)
         shapes = {name: ((num_envs, self.slots, *shape), dtype) for name, (shape, dtype) in {**fields, **FLAGS}.items()}
@@ -86,16 +84,15 @@ class Replay:
         belong to another episode, is_first is set. Arrays are copies.
         """
         env, time, restart = self._draw(batch_size)
-        for row, newest in enumerate(list(self.online)[:batch_size]):
-            start = self.online.pop(newest)
-            if start >= self._oldest()[newest]:  # the newest stretch of an environment replaces a drawn one, once
-                env[row], time[row], restart[row] = newest, start + np.arange(self.length), False
+        for row, which in enumerate(list(self.online)[:batch_size]):
+            start = self.online.pop(which)
+            if start >= self._oldest()[which]:  # the newest stretch of an environment replaces a drawn one, once
+                env[row], time[row], restart[row] = which, start + np.arange(self.length), False
         env = env[:, None]  # (B, 1)
         slot, before = time % self.slots, (time - 1) % self.slots
         batch = {k: v[env, slot] for k, v in self.data.items() if k not in ("action", "deter", "stoch")}
         batch["prev_action"] = self.data["action"][env, before]
-        batch["deter"] = self.data["deter"][env[:, 0], before[:, 0]]
-        batch["stoch"] = self.data["stoch"][env[:, 0], before[:, 0]]
+        batch |= {k: self.data[k][env[:, 0], before[:, 0]] for k in ("deter", "stoch")}
         batch["is_first"] |= restart
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]  # seams: the next step is not this one's successor
         return batch, (env, time)

@@ -650,7 +650,7 @@ WORDS += ["device: cuda"] if torch.cuda.is_available() else ["device: cpu", "CUD
         ("--env-id CartPole-v1", 1),
         ("--env-id CartPole-v1 --num-envs 4 --replay-windows stream --capture-video", 1),
         ("--env-id Pendulum-v1 --action-repeat 2 --twohot symlog --no-persist-replay", 2),
-        ("--env-id ALE/Pong-v5 --total-timesteps 1500 --train-ratio 0.5 --save-model", 4),
+        ("--env-id ALE/Pong-v5 --total-timesteps 1500 --train-ratio 0.5 --save-model --capture-video", 4),
         ("--env-id test_dreamerv3:DreamerEverything-v0 --train-ratio 4", 1),
     ],
 )
@@ -668,7 +668,7 @@ def test_a_run_trains_and_leaves_its_files(flags, frames, program, capsys, tmp_p
     updates = math.floor(ratio * (total - 40 - (total - 40) % envs) / (4 * 8))
     assert (saved(folder)["global_step"], saved(folder)["updates"]) == (total, updates) and updates > 0
     assert (folder / "model.pt").exists() == ("--save-model" in flags)
-    videos = {path.name for path in tmp_path.glob("videos/*/train-0/*.mp4")}  # of the first environment
+    videos = {x.name for x in tmp_path.glob(f"videos/{folder.relative_to(tmp_path / 'runs')}/train-0/*.mp4")}
     assert ("rl-video-episode-0.mp4" in videos) == ("--capture-video" in flags)
     assert videos <= {f"rl-video-episode-{i}.mp4" for i in (0, 1, 8)}
     if envs > 1:  # every environment has a seed of its own
