@@ -1297,4 +1297,4 @@ def test_your_own_environment_trains(program):
     for action, steps, last in [(1, 200, (False, True)), (2, 14, (True, False))]:  # rest, and leave the field
         env.reset(seed=0)
         assert [env.step(np.array([action, action]))[2:4] for _ in range(steps)][-1] == last
-    program(f"{QUICK} --env-id examples.my_env:MyEnv-v0 --total-timesteps 60")
+    program(f"{QUICK} --env-id examples.my_env:MyEnv-v0 --total-timesteps 60 --capture-video")

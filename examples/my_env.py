@@ -11,10 +11,14 @@ from gymnasium import spaces
 class MyEnv(gym.Env):
     """Drive to the red square that the camera sees, without leaving the field; then there is a new one."""
 
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # with `render`: what --capture-video needs
     observation_space = spaces.Dict(
         {"camera": spaces.Box(0, 255, (32, 32, 3), np.uint8), "state": spaces.Box(-2, 2, (4,), np.float32)}
     )
     action_space = spaces.MultiDiscrete([3, 3])  # push left, not, right; push down, not, up
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)  # makes self.np_random
@@ -29,6 +33,9 @@ class MyEnv(gym.Env):
             self.goal = self.np_random.uniform(-1, 1, 2)
         terminated = np.abs(self.position).max() > 1  # nothing can be earned any more
         return self.observe(), float(reached), bool(terminated), False, {}
+
+    def render(self):
+        return self.observe()["camera"]
 
     def observe(self):
         image = np.zeros((32, 32, 3), np.uint8)
