@@ -42,7 +42,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial, reduce
@@ -400,7 +400,7 @@ class LaProp(torch.optim.Optimizer):
 def loss(agent: Agent, batch: dict, args: Args) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
     """The sum of all losses on one batch, shaped as for world_model_loss: -> total (), the posterior latents deter
     (B, T, D) and stoch (B, T, S, K), and metrics; latents and metrics are detached."""
-    with torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+    with torch.autocast(batch["reward"].device.type, torch.bfloat16) if args.precision == "bfloat16" else nullcontext():
         losses, deter, stoch, feat, metrics = world_model_loss(agent, batch, args)
         # imagination starts from all B*T posterior states, detached: losses on imagined states do not train the model
         starts = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)  # (N, D), (N, S, K)
