@@ -32,7 +32,7 @@ from networks import ActionSpec, ObsSpec, Size
 from replay import Replay
 
 TINY = Size(deter=32, hidden=16, units=16, classes=4, depth=4, groups=4, blocks=4)
-SPECS = {"image": ObsSpec((64, 64, 3)), "vector": ObsSpec((5,)), "discrete": ObsSpec((2,), 3)}
+SPECS = {"image": ObsSpec((48, 64, 3)), "vector": ObsSpec((5,)), "discrete": ObsSpec((2,), 3)}
 THREE = ActionSpec((3,), 3)
 ROOT = Path(__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -131,11 +131,18 @@ def test_categoricals():
     action = torch.cat([torch.eye(n)[index % n] for n in (3, 4)], -1)
     torch.testing.assert_close(dist.log_prob(action), sum(d.log_prob(index % len(d.probs[0])) for d in reference))
     torch.testing.assert_close(dist.entropy(), sum(d.entropy() for d in reference))
+    spec = ActionSpec((3, 4), 7)
+    torch.testing.assert_close(dreamerv3.encode_action(dreamerv3.decode_action(action, spec), spec), action)
     u = torch.tensor([0.0, 0.9999999]).expand(6, 2)  # the first class of the first, the last of the second
     assert dist.sample(u).nonzero()[:, 1].tolist() == [0, 6] * 6
     recon, target = torch.randn(2, 6, 2, 3), torch.randint(3, (2, 6, 2))  # of a discrete observation
     expected = -torch.distributions.Categorical(logits=recon).log_prob(target).sum(-1)
     torch.testing.assert_close(dreamerv3.recon_loss(recon, target), expected)
+    rssm, zeros = (agent := make_agent()[0]).rssm, torch.zeros(500, 3, 16)
+    feat, action = dreamerv3.imagine(agent, *rssm.initial(500)[:2], 3)
+    _, seen, _ = rssm.observe(*rssm.initial(500)[:2], zeros[..., :3], zeros, zeros[..., 0] == 0)
+    for x in (action, feat[:, 1:, TINY.deter :].unflatten(-1, (4, 4)), seen):
+        assert (x[:, 1:] * x[:, :-1]).sum(-1).mean(0).max() < 0.7  # every step has noise of its own
 
 
 def test_layers():
@@ -143,9 +150,11 @@ def test_layers():
     assert layer.weight.std().item() == pytest.approx(0.5 / math.sqrt(400), rel=0.02)
     assert layer.weight.abs().max().item() <= 0.5 * 2 * 1.1368 / math.sqrt(400) and not layer.bias.any()
     block = networks.BlockLinear(256, 512, 8, shared=96)
-    assert block.weight.shape == (8, 128, 64)
     assert block.weight.std().item() == pytest.approx(1 / math.sqrt(256 + 8 * 96), rel=0.02)  # full input width
     assert networks.conv5(16, 64).weight.std().item() == pytest.approx(1 / math.sqrt(25 * 16), rel=0.02)
+    actor = networks.Actor(400, 300, ActionSpec((), 2), 0.0)
+    noise = actor.noise(10_000)
+    assert abs(noise.mean()) < 0.05 and 0.95 < noise.std() < 1.05 and actor.outs[0].weight.std() < 0.01
     # upsampling and convolving equals its definition
     conv, x = networks.conv5(3, 4).double(), torch.randn(2, 3, 6, 5, dtype=torch.float64)  # not square
     conv.bias.data.normal_()
@@ -219,7 +228,7 @@ def test_optimizer_equals_a_plain_loop():
 
 FLAGS = dict.fromkeys("pred_scale dyn_scale rep_scale free_nats ent_coef slow_critic_scale".split(), 3.0)
 FLAGS |= dict.fromkeys("gamma return_lambda unimix actor_unimix replay_critic_scale tau".split(), 0.5)
-FLAGS |= {"twohot": "symlog", "imagination_horizon": 2}
+FLAGS |= {"twohot": "symlog", "imagination_horizon": 2, "precision": "bfloat16"}
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -313,7 +322,7 @@ class Chain(gym.Env):
         return np.zeros(1, np.float32), {"odd": self.odd}
 
     def step(self, action):
-        assert action in self.action_space
+        assert action in self.action_space and self.position < 5
         self.position, self.steps = self.position + 1, self.steps + 1
         fails, end = self.fault * (self.steps == 50 and os.environ.get("RANK") != "0"), self.position == 5
         if fails == "signalled" and self.odd:
@@ -354,9 +363,9 @@ def test_alignment_on_a_chain(env_id, windows, program, monkeypatch):
     """The loop stores, and replay returns, exactly the time line drawn at the top of dreamerv3.py."""
     seen, written, convert, write = [], [], dreamerv3.batch_to_device, Replay.update_latents
     monkeypatch.setattr(dreamerv3, "batch_to_device", lambda batch, *rest: seen.append(batch) or convert(batch, *rest))
-    monkeypatch.setattr(Replay, "update_latents", lambda *x, **latents: written.append(latents) or write(*x, **latents))
+    monkeypatch.setattr(Replay, "update_latents", lambda *x, **kw: written.append(x[0].windows) or write(*x, **kw))
     program(f"{QUICK} --env-id {env_id} --replay-windows {windows} --total-timesteps 90")
-    assert len(seen) == len(written) == 25
+    assert len(seen) == 25 and written == [windows] * 25
     assert seen[0]["deter"].any() and seen[0]["stoch"].any()  # the latents that the agent had when it acted
     for batch in seen:
         x, r = batch["obs/obs"][..., 0], batch["reward"]
@@ -486,15 +495,11 @@ def test_replay_goes_on_from_its_files(windows, tmp_path):
         Replay(60, 2, FIELDS, 8, windows, folder=tmp_path)
 
 
-def test_replay_refuses_what_cannot_work(tmp_path, monkeypatch):
+def test_replay_refuses_what_cannot_work():
     with pytest.raises(ValueError, match="capacity of 16"):
         Replay(16, 2, FIELDS, 8)
     with pytest.raises(ValueError, match="nothing to sample"):
         Replay(100, 1, FIELDS, 8).sample(1)
-    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=FULL_DISK))
-    with pytest.raises(OSError, match="No space left"):
-        Replay(100, 1, FIELDS, 8, folder=tmp_path / "full")
-    assert not (tmp_path / "full").exists()
     assert Replay.bytes_per_step(FIELDS) == 12 + 4 + 4 + 6 + 2 + 3 + 20
 
 
@@ -644,23 +649,21 @@ WORDS = "trained parameters| GB|1 update every|run folder: runs/".split("|")
 WORDS += ["device: cuda"] if torch.cuda.is_available() else ["device: cpu", "CUDA is not available"]
 
 
-@pytest.mark.parametrize(
-    "flags, frames",
-    [
-        ("--env-id CartPole-v1", 1),
-        ("--env-id CartPole-v1 --num-envs 4 --replay-windows stream --capture-video", 1),
-        ("--env-id Pendulum-v1 --action-repeat 2 --twohot symlog --no-persist-replay", 2),
-        ("--env-id ALE/Pong-v5 --total-timesteps 1500 --train-ratio 0.5 --save-model --capture-video", 4),
-        ("--env-id test_dreamerv3:DreamerEverything-v0 --train-ratio 4", 1),
-    ],
-)
-def test_a_run_trains_and_leaves_its_files(flags, frames, program, capsys, tmp_path):
+RUNS = """--env-id CartPole-v1 | --env-id CartPole-v1 --num-envs 4 --replay-windows stream --capture-video
+--env-id Pendulum-v1 --action-repeat 2 --twohot symlog --no-persist-replay
+--env-id ALE/Pong-v5 --total-timesteps 1500 --train-ratio 0.5 --save-model --capture-video
+--env-id test_dreamerv3:DreamerEverything-v0 --train-ratio 4"""
+
+
+@pytest.mark.parametrize("flags", RUNS.replace(" | ", "\n").splitlines())
+def test_a_run_trains_and_leaves_its_files(flags, program, capsys, tmp_path):
     flags = f"{QUICK} --total-timesteps 200 {flags}"
     folder, out = program(flags), capsys.readouterr().out
     assert not [word for word in WORDS if word not in out]
     assert (folder / "episodes.csv").read_text().startswith("global_step,frames,return,length,seconds\n")
     rows = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
-    assert len(rows) and (rows[:, 1] == frames * rows[:, 0]).all()
+    frames = 2 if "--action-repeat 2" in flags else 4 if "ALE/" in flags else 1
+    assert len(rows) and (rows[:, 1] == frames * rows[:, 0]).all() and (rows[:, 3] > 0).all()
     values = scalars(folder)
     assert set(values) >= KEYS and all(np.isfinite(v).all() for v in values.values())
     total, ratio = (float(re.findall(rf"--{flag} ([\d.]+)", flags)[-1]) for flag in ("total-timesteps", "train-ratio"))
@@ -669,23 +672,21 @@ def test_a_run_trains_and_leaves_its_files(flags, frames, program, capsys, tmp_p
     assert (saved(folder)["global_step"], saved(folder)["updates"]) == (total, updates) and updates > 0
     assert (folder / "model.pt").exists() == ("--save-model" in flags)
     videos = {x.name for x in tmp_path.glob(f"videos/{folder.relative_to(tmp_path / 'runs')}/train-0/*.mp4")}
-    assert ("rl-video-episode-0.mp4" in videos) == ("--capture-video" in flags)
-    assert videos <= {f"rl-video-episode-{i}.mp4" for i in (0, 1, 8)}
+    assert bool(videos) == ("--capture-video" in flags) and videos <= {f"rl-video-episode-{i}.mp4" for i in (0, 1, 8)}
     if envs > 1:  # every environment has a seed of its own
         assert len(np.unique(np.load(folder / "replay" / "obs.obs.npy")[:, 0], axis=0)) == envs
 
 
 BAD = """--size 3m | --twohot log | --replay-windows all | --precision half | --batch-size x | --nonsense 1 | --seed -1
---batch-size 0 | --batch-length 1 | --batch-length 0 | --imagination-horizon 0 | --num-envs 0 | --num-envs -2
---total-timesteps 0 | --total-timesteps 20 | --train-ratio 0 | --train-ratio -1 | --train-ratio nan | --train-ratio inf
---learning-rate 0 | --learning-rate -1e-4 | --warmup-updates -1 | --clip 0 | --gamma 1 | --gamma -0.1 | --gamma nan
---return-lambda 1.1 | --tau -0.1 | --tau 2 | --unimix 1 | --actor-unimix -1 | --bins 254 | --bins 1 | --free-nats -1
---dyn-scale -1 | --ent-coef -1 | --image-size 60 | --image-size 32 | --image-size 512 | --action-repeat -1
---learning-starts 10 | --learning-starts 500000 | --buffer-size 10 | --buffer-size 100 --num-envs 2 | --clip -1
---ent-coef nan | --replay-critic-scale -1 | --buffer-size 500 | --batch-size 2.5 | --free-nats inf | --eval-only
---eval-episodes 0 | --eval-frequency -1 | --resume nowhere --eval-only | --checkpoint-frequency -1
---video-frequency -1 | --log-frequency 0 | --resume nowhere | --env-id bad! | --env-id Taxi-v3 | --env-id Pnog-v5
---env-id ALE/Pongg-v5 | --env-id CartPole-v9 | --env-id nomodule:Thing-v0 | --seed 4294967296"""  # Taxi is deprecated
+--batch-size 0 | --batch-length 1 | --imagination-horizon 0 | --num-envs 0 | --total-timesteps 0 | --total-timesteps 20
+--train-ratio 0 | --train-ratio nan | --train-ratio inf | --learning-rate 0 | --warmup-updates -1 | --clip 0 | --gamma 1
+--gamma nan | --return-lambda 1.1 | --tau 2 | --unimix 1 | --bins 254 | --actor-unimix -1 | --bins 1 | --dyn-scale -1
+--image-size 60 | --image-size 32 | --image-size 512 | --action-repeat -1 | --learning-starts 10
+--learning-starts 500000 | --buffer-size 10 | --buffer-size 100 --num-envs 2 | --ent-coef nan | --replay-critic-scale -1
+--buffer-size 500 | --free-nats inf | --eval-only | --eval-episodes 0 | --eval-frequency -1
+--resume nowhere --eval-only | --checkpoint-frequency -1 | --video-frequency -1 | --log-frequency 0 | --resume nowhere
+--env-id bad! | --env-id Taxi-v3 | --env-id Pnog-v5 | --env-id ALE/Pongg-v5 | --env-id CartPole-v9
+--env-id nomodule:Thing-v0 | --seed 4294967296"""  # Taxi is deprecated
 
 
 @pytest.mark.parametrize("flags", [x.strip() for line in BAD.splitlines() for x in line.split("|")])
@@ -710,14 +711,12 @@ def test_limits_count_the_processes_that_train_together(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--exp-name runs", "cannot write the run folder .*: .*'runs"),
         (f"--exp-name {'x' * 300}", "File name too long"),
         ("--exp-name same", "File exists: 'runs/"),
         ("--exp-name full", r"cannot write the run folder .*\(--buffer-size\): .*No space left"),
         (f"--total-timesteps {10**13} --buffer-size {10**13} --no-persist-replay", "-size.: .*Unable to allocate"),
         ("--capture-video", "CartPole-v1 cannot be made with --capture-video: .*(?i:moviepy).*pip install"),
         ("--capture-video --env-id DreamerChain-v0", "Chain-v0 cannot be made with --capture-video: .*render_mode"),
-        ("--capture-video --exp-name videos", "cannot be made with --capture-video: .*Not a directory.*/videos/"),
         ("--track", r"--track cannot start \(pip install wandb, .*wandb"),
         ("--env-id CartPoel-v1", "--env-id CartPoel-v1 cannot be made: .*Did you mean: `CartPole`"),
         ("--env-id Dreamer-constructor-v0", "cannot be made: AssertionError: broken.*test_dreamerv3.py:"),
@@ -731,8 +730,6 @@ def test_a_start_that_fails_is_one_line_and_leaves_nothing(flags, words, program
     for module in ("moviepy", "wandb", "minatar.gym", "shimmy"):
         if module in words:
             monkeypatch.setitem(sys.modules, module, None)  # importing it fails
-    for name in {"runs", "videos"}.intersection(flags.split()):
-        (tmp_path / name).touch()  # where a folder should be
     if "full" in flags:
         monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=FULL_DISK))
     if "same" in flags:  # another run began in the same second
@@ -741,7 +738,7 @@ def test_a_start_that_fails_is_one_line_and_leaves_nothing(flags, words, program
     program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 100 {flags}", 2)
     error = capsys.readouterr().err.strip()
     assert re.search(words, error) and "\n" not in error
-    assert not [x for x in tmp_path.rglob("*") if x.is_file() and x.parent != tmp_path]
+    assert not [x for x in tmp_path.rglob("*") if x.is_file()]
 
 
 def test_a_run_survives_sigkills_at_random_moments(tmp_path):
@@ -776,7 +773,7 @@ def test_a_run_survives_sigkills_at_random_moments(tmp_path):
     names = ("is_first", "is_last", "is_terminal", "reward", "obs.obs")
     first, last, terminal, reward, obs = (np.load(folder / "replay" / f"{k}.npy")[0, : clock[0]] for k in names)
     begins = {0, *(np.flatnonzero(last[:-1]) + 1).tolist()} | cuts - {int(clock[0])}
-    assert set(np.flatnonzero(first).tolist()) == begins
+    assert set(np.flatnonzero(first).tolist()) == begins and len({obs[i].tobytes() for i in begins}) == len(begins)
     np.testing.assert_array_equal(reward, ~first)
     follows = ~first[1:]
     np.testing.assert_allclose(obs[1:, 0][follows], (obs[:-1, 0] + 0.02 * obs[:-1, 1])[follows], atol=1e-5)
@@ -831,6 +828,8 @@ def test_resumed_and_evaluated_runs_are_bit_identical_to_a_plain_one(program, tm
     assert a["updates"] == 19 and a["owed"] == 0.125 and {"return_norm.lo", "return_norm.hi"} < a["agent"].keys()
     for folder in (resumed, evaluated):
         b = saved(folder)
+        rows = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1)
+        assert rows[:, :4].tolist() == [[step, step, 15, 5] for step in range(5, 91, 6)]
         assert (b["updates"], b["owed"]) == (19, 0.125) and torch.equal(a["torch_rng"], b["torch_rng"])
         assert all(torch.equal(a["agent"][name], b["agent"][name]) for name in a["agent"])
         for file in (plain / "replay").iterdir():
@@ -843,7 +842,7 @@ def test_resume_takes_a_checkpoint_file_and_falls_back_to_a_good_one(program, ca
     folder = program(f"{CHAIN} --total-timesteps 60 --checkpoint-frequency 50")
     newest, previous, foreign = (folder / f"{name}.pt" for name in ("checkpoint", "checkpoint_previous", "foreign"))
     good, old, state = newest.read_bytes(), previous.read_bytes(), saved(folder)
-    torch.save({"model": torch.zeros(3)}, foreign)
+    torch.save({"model": Path()}, foreign)  # weights_only refuses paths
 
     def resume(path, newest_bytes=good, previous_bytes=old, flags="", status=2) -> str:
         """The output of a run, or the one line of an error."""
@@ -858,8 +857,8 @@ def test_resume_takes_a_checkpoint_file_and_falls_back_to_a_good_one(program, ca
     assert "--batch-size 5 disagrees with 4" in resume(folder, flags="--batch-size 5")
     assert "--total-timesteps 59 is less than the 60" in resume(folder, flags="--total-timesteps 59")
     assert "resumed at step 60 after 5 updates" in resume(previous, status=0)
-    assert "foreign.pt is unreadable (KeyError), using checkpoint.pt" in resume(foreign, status=0)
-    assert "pt is unreadable (KeyError), using checkpoint_previous" in resume(folder, foreign.read_bytes(), status=0)
+    assert "foreign.pt is unreadable (UnpicklingError), using checkpoint.pt" in resume(foreign, status=0)
+    assert "is unreadable (UnpicklingError), using checkpoint_prev" in resume(folder, foreign.read_bytes(), status=0)
     assert foreign.exists() and (folder / "checkpoint.unreadable").exists()
     assert " after 5 updates" in resume(newest, good[:500], status=0) and newest.is_file()
     assert "holds no good checkpoint" in resume(folder, good[:500], good[:500]) and newest.exists()
@@ -891,7 +890,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(program, capsys
 
 def test_without_persistent_replay_a_resumed_run_refills_first(program, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # of a GPU that cannot start: --no-cuda leaves it alone
-    flags = "--buffer-size 100 --no-persist-replay --replay-windows stream --no-cuda"
+    flags = "--env-id DreamerTruncatedChain-v0 --buffer-size 100 --no-persist-replay --replay-windows stream --no-cuda"
     folder = program(f"{CHAIN} --total-timesteps 60 {flags}")
     assert "CUDA" not in capsys.readouterr().out
     torch.save(saved(folder) | {"owed": 3.0}, folder / "checkpoint.pt")  # as if stopped between updates
@@ -908,8 +907,7 @@ def test_without_persistent_replay_a_resumed_run_refills_first(program, capsys, 
     assert saved(folder)["updates"] == 10 + (120 - 60 - 40) // 2
 
 
-def test_memory_is_constant(program, monkeypatch):
-    """Resident memory and live tensors at every checkpoint after the buffer is full."""
+def test_memory_and_live_tensors_are_constant_once_the_buffer_is_full(program, monkeypatch):
     save, seen = dreamerv3.save_run, []
 
     def measure(*inputs) -> bool:
@@ -973,12 +971,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 # === evaluation, videos, tracking =====================================================================================
-def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsys, tmp_path):
+def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsys, tmp_path, monkeypatch):
     flags = "--total-timesteps 60 --checkpoint-frequency 50 --save-model --learning-rate 0.01 --warmup-updates 1"
     folder = program(f"{QUICK} --env-id CartPole-v1 {flags}")
     (folder / "checkpoint.pt").write_bytes(b"torn")  # stays where it is
     shutil.rmtree(folder / "replay")
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    monkeypatch.setattr(dreamerv3, "policy", play := Mock(wraps=dreamerv3.policy))
     lines = []
     for path in (folder, folder / "checkpoint_previous.pt", folder / "model.pt"):
         agent, args = dreamerv3.load_agent(path, "cuda" if torch.cuda.is_available() else "cpu")
@@ -987,12 +986,17 @@ def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsy
         program(f"--resume {path} --eval-only --eval-episodes 4 --seed 3")
         assert capsys.readouterr().out.splitlines()[-1] == lines[-1]
     assert lines[0] == lines[1] != lines[2] and lines[0].startswith("evaluation: 4 episodes of CartPole-v1"), lines
+    begins = [obs["obs"] for _, obs, _, is_first in (call.args for call in play.call_args_list) if is_first]
+    assert (len(begins), len(torch.cat(begins).unique(dim=0))) == (3 * 2 * 4, 4) and play.call_args.args[2][0].any()
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
     program(f"--resume {folder} --eval-only --batch-size 3", 2)
 
 
 def test_the_snippets_of_the_readme_run(program, capsys, tmp_path):
     texts = README, (ROOT / "results" / "speed.md").read_text()
+    table = README.split("| paper | code | flag (default) |")[1].split("--help")[0]
+    assert all(getattr(Args, k.replace("-", "_")) == float(x) for k, x in re.findall(r"--(\S+) ([\d.e-]+)", table))
+    assert (Args.batch_size, Args.buffer_size, Args.replay_windows, Args.learning_starts) == (16, 1e6, "episode", 1024)
     play, speed = (re.search("```python\n(.*?)```", text, re.S)[1] for text in texts)
     (program(f"{CHAIN} --total-timesteps 50 --save-model") / "model.pt").rename("model.pt")
     exec(play, {})
@@ -1043,19 +1047,17 @@ FILES = sorted(Path(os.environ.get("GOLDEN_DIR", ROOT / "golden")).glob("*.npz")
 assert FILES, "no .npz file in GOLDEN_DIR"
 
 # our name=the official one; "#" is any digit; a layer's norm goes by the layer's name, as in enc/mlp0 and enc/mlp0norm
-NAMES = """encoder.mlp.#=enc/mlp# encoder.convs.#=enc/cnn# encoder.norms.#=enc/cnn#norm
-rssm.in_deter=dyn/dynin0 rssm.in_stoch=dyn/dynin1 rssm.in_action=dyn/dynin2 rssm.hid=dyn/dynhid0
-rssm.hid_norm=dyn/dynhid0norm rssm.gru=dyn/dyngru rssm.post.0=dyn/obs0 rssm.post.1=dyn/obslogit
-rssm.prior.0=dyn/prior0 rssm.prior.1=dyn/prior1 rssm.prior.2=dyn/priorlogit
-decoder.mlp.#.0=dec/mlp/linear# decoder.mlp.#.1=dec/mlp/norm#
-decoder.from_deter=dec/sp0 decoder.from_stoch.0=dec/sp1 decoder.from_stoch.1=dec/sp2 decoder.norms.0=dec/spnorm
-decoder.convs.0=dec/conv2 decoder.convs.1=dec/conv1 decoder.convs.2=dec/conv0 decoder.convs.3=dec/imgout
-decoder.norms.1=dec/conv2norm decoder.norms.2=dec/conv1norm decoder.norms.3=dec/conv0norm
-reward.0.#.0=rew/mlp/linear# reward.0.#.1=rew/mlp/norm# reward.1=rew/head/logits
-cont.0.#.0=con/mlp/linear# cont.0.#.1=con/mlp/norm# cont.1=con/head/logit
-critic.0.#.0=val/mlp/linear# critic.0.#.1=val/mlp/norm# critic.1=val/head/logits
-slow_critic.0.#.0=slowval/mlp/linear# slow_critic.0.#.1=slowval/mlp/norm# slow_critic.1=slowval/head/logits
-actor.mlp.#.0=pol/mlp/linear# actor.mlp.#.1=pol/mlp/norm#"""
+NAMES = """encoder.mlp.#=enc/mlp# encoder.convs.#=enc/cnn# encoder.norms.#=enc/cnn#norm rssm.in_deter=dyn/dynin0
+rssm.in_stoch=dyn/dynin1 rssm.in_action=dyn/dynin2 rssm.hid=dyn/dynhid0 rssm.hid_norm=dyn/dynhid0norm
+rssm.gru=dyn/dyngru rssm.post.0=dyn/obs0 rssm.post.1=dyn/obslogit rssm.prior.0=dyn/prior0 rssm.prior.1=dyn/prior1
+rssm.prior.2=dyn/priorlogit decoder.mlp.#.0=dec/mlp/linear# decoder.mlp.#.1=dec/mlp/norm# decoder.from_deter=dec/sp0
+decoder.from_stoch.0=dec/sp1 decoder.from_stoch.1=dec/sp2 decoder.norms.0=dec/spnorm decoder.convs.0=dec/conv2
+decoder.convs.1=dec/conv1 decoder.convs.2=dec/conv0 decoder.convs.3=dec/imgout decoder.norms.1=dec/conv2norm
+decoder.norms.2=dec/conv1norm decoder.norms.3=dec/conv0norm reward.0.#.0=rew/mlp/linear# reward.0.#.1=rew/mlp/norm#
+reward.1=rew/head/logits cont.0.#.0=con/mlp/linear# cont.0.#.1=con/mlp/norm# cont.1=con/head/logit
+critic.0.#.0=val/mlp/linear# critic.0.#.1=val/mlp/norm# critic.1=val/head/logits slow_critic.0.#.0=slowval/mlp/linear#
+slow_critic.0.#.1=slowval/mlp/norm# slow_critic.1=slowval/head/logits actor.mlp.#.0=pol/mlp/linear#
+actor.mlp.#.1=pol/mlp/norm#"""
 
 
 def official_names(agent: Agent) -> dict[str, torch.nn.Parameter]:
@@ -1132,6 +1134,7 @@ def test_golden_forward(golden, argmax_sampling):
     assert {id(p) for p in golden.agent.parameters()} == {id(p) for p in golden.names.values()}
     agent, batch, args = golden.agent, golden.batch(), golden.args
     losses, deter, stoch, feat, _ = dreamerv3.world_model_loss(agent, batch, args)
+    assert (dreamerv3.stored_latents(deter.detach(), stoch)["stoch"] == stoch.detach().argmax(-1).numpy()).all()
     obs, state = batch["obs"], (batch["deter"], batch["stoch"])
     embed, recon, reward = agent.encoder(obs), agent.decoder(deter, stoch), agent.reward(feat)
     post = agent.rssm.observe(*state, batch["prev_action"], embed, batch["is_first"])[2]
@@ -1151,10 +1154,9 @@ def test_golden_forward(golden, argmax_sampling):
     golden.close("out/loss/", **recon_losses)
     torch.testing.assert_close(losses["recon"], sum(recon_losses.values()), rtol=1e-4, atol=1e-5)
     golden.close("out/loss/", rew=losses["reward"], con=losses["continue"], dyn=losses["dyn"], rep=losses["rep"])
-    lead, deters = deter.shape[:2], agent.size.deter
+    lead, d = deter.shape[:2], agent.size.deter
     imagined, actions = dreamerv3.imagine(agent, deter.flatten(0, 1), stoch.flatten(0, 1), args.imagination_horizon)
-    golden.close("out/imag_", deter=imagined[:, 1:, :deters])
-    golden.close("out/imag_", stoch=imagined[:, 1:, deters:].unflatten(-1, stoch.shape[-2:]))
+    golden.close("out/imag_", deter=imagined[:, 1:, :d], stoch=imagined[:, 1:, d:].unflatten(-1, stoch.shape[-2:]))
     stored = dreamerv3.decode_action(actions, agent.action)[:, :-1].float()
     golden.close("out/imag_", action=stored.squeeze(-1) if agent.action.nvec else stored)
     behavior, returns, metrics = dreamerv3.actor_critic_loss(agent, imagined, actions, args)
@@ -1237,7 +1239,7 @@ def test_torchrun_trains_logs_once_and_resumes(tmp_path):
         torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 {ROOT / 'dreamerv3.py'}"
         return subprocess.getoutput(f"cd {tmp_path} && CUDA_VISIBLE_DEVICES= {torchrun} {flags}")  # and errors
 
-    text = output(f"{FAST} --env-id CartPole-v1 --seed 3 --total-timesteps 150 --checkpoint-frequency 20")
+    text = output(f"{FAST} --env-id CartPole-v1 --seed 3 --total-timesteps 150 --checkpoint-frequency 139")
     assert text.count("run folder: ") == 1 and "1 update every 8 agent steps" in text  # both processes' steps
     (folder,) = tmp_path.glob("runs/*")  # one for both
     assert (saved(folder)["global_step"], saved(folder)["updates"]) == (150, (150 - 64) // 8)
@@ -1246,7 +1248,8 @@ def test_torchrun_trains_logs_once_and_resumes(tmp_path):
     (folder / "checkpoint_previous.pt").rename(folder / "checkpoint.pt")  # as if killed after the one of step 140
     text = output(f"--resume {folder} --total-timesteps 160")
     assert text.count("resumed at step 150 after 9 updates") == 1
-    assert saved(folder)["updates"] == 12 and len(scalars(folder)["charts/updates"]) > 0
+    assert saved(folder)["updates"] == 12
+    assert scalars(folder)["optim/grad_norm"] == scalars(folder / "rank1")["optim/grad_norm"] != []
     for name, flags in {"early": "--train-ratio 64", "last": "--train-ratio 1 --total-timesteps 118"}.items():
         text = output(f"{FAST} --env-id test_dreamerv3:Dreamer-nan-v0 {flags} --exp-name {name}")  # in process 1 alone
         assert "failed at step 118, saved runs/" in text
@@ -1267,15 +1270,7 @@ def test_ids_of_the_readme_can_be_stepped_or_say_how_to_install_them(env_id, cap
     assert env.action_spec.size == 18 or env_id != PONG  # the full action set
 
 
-def test_pixels_of_the_examples_are_what_is_rendered(monkeypatch):
-    make = lambda *_, render_kwargs, **flags: gym.make("CartPole-v1", **flags)  # noqa: E731
-    monkeypatch.setitem(sys.modules, "shimmy", Mock())
-    module = dreamerv3.import_module("examples.protocols")
-    monkeypatch.setattr(module, "gym", Mock(wrappers=gym.wrappers, make=make))
-    assert dreamerv3.make_env("examples.protocols:WalkerPixels-v0").specs == {"obs": ObsSpec((64, 64, 3))}
-
-
-def test_crafter_ends_by_death_or_is_cut(monkeypatch):
+def test_examples_of_environments_that_are_not_installed(monkeypatch):
     class Game:  # episodes of two steps, every second one ended by death
         def __init__(self, seed=None):
             self.time, self.reset = 0, lambda: np.full((64, 64, 3), seed, np.uint8)
@@ -1289,6 +1284,11 @@ def test_crafter_ends_by_death_or_is_cut(monkeypatch):
     for seed, last in {7: (False, True), None: (True, False)}.items():
         assert env.reset(seed=seed)[0]["obs"][0, 0, 0] == 7  # a seed is for the first reset
         assert [env.step(np.array([16]))[2:4] for _ in range(2)] == [(False, False), last]
+    make = lambda *_, render_kwargs, **flags: gym.make("CartPole-v1", **flags)  # noqa: E731
+    monkeypatch.setitem(sys.modules, "shimmy", Mock())
+    module = dreamerv3.import_module("examples.protocols")
+    monkeypatch.setattr(module, "gym", Mock(wrappers=gym.wrappers, make=make))
+    assert dreamerv3.make_env("examples.protocols:WalkerPixels-v0").specs == {"obs": ObsSpec((64, 64, 3))}
 
 
 def test_your_own_environment_trains(program):
