@@ -238,7 +238,7 @@ def test_every_flag_of_the_update_changes_it(flag):
         torch.manual_seed(0)
         agent, args = make_agent(**flags)
         _, metrics = dreamerv3.train_step(agent, dreamerv3.LaProp(agent.trained(), 0.0), make_batch(agent), args)
-        assert metrics["losses/dyn"] == metrics["losses/rep"]  # one KL, with one floor
+        assert metrics["losses/dyn"] == metrics["losses/rep"] and {x.dtype for x in metrics.values()} == {torch.float32}
         results.append(agent.slow_critic[1].weight if flag == "tau" else metrics["losses/total"])
     assert not torch.equal(*results)
 
@@ -432,14 +432,14 @@ def test_sampled_rows_are_contiguous_and_seams_are_marked(windows, lengths):
 def test_episode_windows_draw_every_step_equally_often():
     """Within six standard deviations; a row shows a step of a short episode several times, so that rows are counted."""
     lengths, draws = [3, 40, 64, 65, 100, 200, 1000], 4000
-    replay, step = Replay(1472, 1, FIELDS, 64), {name: np.zeros((1, *shape)) for name, (shape, _) in FIELDS.items()}
+    replay, step = Replay(2944, 2, FIELDS, 64), {name: np.zeros((2, *shape)) for name, (shape, _) in FIELDS.items()}
     for left, length in ((t, x) for x in lengths for t in reversed(range(x))):
-        last = np.array([left == 0])
-        replay.add(step | {"is_first": np.array([left == length - 1]), "is_last": last, "is_terminal": last})
+        last = np.full(2, left == 0)
+        replay.add(step | {"is_first": np.full(2, left == length - 1), "is_last": last, "is_terminal": last})
     replay.online.clear()
-    counts = np.bincount(np.concatenate([replay.sample(16)[1][1].ravel() for _ in range(draws)]), minlength=1472)
-    for episode in np.split(counts / counts.mean(), np.cumsum(lengths)[:-1]):
-        noise = 6 * np.sqrt(1472 / (16 * draws * min(64, len(episode))))
+    counts = np.bincount(np.ravel([1472 * env + time for _, (env, time) in map(replay.sample, [16] * draws)]))
+    for episode in np.split(counts / counts.mean(), np.cumsum(lengths * 2)[:-1]):
+        noise = 6 * np.sqrt(2944 / (16 * draws * min(64, len(episode))))
         assert np.abs(episode - 1).max() < noise, (len(episode), noise)  # terminal steps, the last ones, too
 
 
@@ -540,7 +540,7 @@ def test_adapter_flattens_every_space():
     assert env.specs == specs
     obs, _ = env.reset(seed=0)
     assert env.observation_space.contains(obs) and obs["tuple/0"] in (0, 1, 2)
-    assert env.action_spec == ActionSpec((2, 3), 5)
+    assert dreamerv3.obs_spec(spaces.Box(0, 255, (3, 64, 64), np.uint8), 64) == ObsSpec((12288,))  # channels first
     env = Everything()
     env.observation_space = spaces.Box(0, 255, (84, 84, 7), np.uint8)  # OpenCV refuses 7 channels here
     stack = env.observation_space.sample()
@@ -637,7 +637,7 @@ def saved(folder: Path) -> dict:
 
 def scalars(folder: Path) -> dict[str, list]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: [e.value for e in events.Scalars(tag) if e.step] for tag in events.Tags()["scalars"]}
 
 
 KEYS = """charts/{episodic_return,episodic_length,SPS,updates_per_second,learning_rate,updates,frames,train_ratio}
@@ -650,31 +650,31 @@ WORDS += ["device: cuda"] if torch.cuda.is_available() else ["device: cpu", "CUD
 
 
 RUNS = """--env-id CartPole-v1 | --env-id CartPole-v1 --num-envs 4 --replay-windows stream --capture-video
---env-id Pendulum-v1 --action-repeat 2 --twohot symlog --no-persist-replay
+--env-id Pendulum-v1 --action-repeat 2 --twohot symlog --video-frequency 0
 --env-id ALE/Pong-v5 --total-timesteps 1500 --train-ratio 0.5 --save-model --capture-video
 --env-id test_dreamerv3:DreamerEverything-v0 --train-ratio 4"""
 
 
 @pytest.mark.parametrize("flags", RUNS.replace(" | ", "\n").splitlines())
 def test_a_run_trains_and_leaves_its_files(flags, program, capsys, tmp_path):
-    flags = f"{QUICK} --total-timesteps 200 {flags}"
+    flags = f"{QUICK} --total-timesteps 200 --seed 7 {flags}"
     folder, out = program(flags), capsys.readouterr().out
     assert not [word for word in WORDS if word not in out]
     assert (folder / "episodes.csv").read_text().startswith("global_step,frames,return,length,seconds\n")
     rows = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
     frames = 2 if "--action-repeat 2" in flags else 4 if "ALE/" in flags else 1
-    assert len(rows) and (rows[:, 1] == frames * rows[:, 0]).all() and (rows[:, 3] > 0).all()
-    values = scalars(folder)
-    assert set(values) >= KEYS and all(np.isfinite(v).all() for v in values.values())
+    assert len(rows) and (rows[:, 1] == frames * rows[:, 0]).all() and (rows[:, 2:4] != 0).all()
+    values, action = scalars(folder), np.load(folder / "replay" / "action.npy")
+    assert set(values) == KEYS and all(np.isfinite(v).all() for v in values.values()) and torch.initial_seed() == 7
     total, ratio = (float(re.findall(rf"--{flag} ([\d.]+)", flags)[-1]) for flag in ("total-timesteps", "train-ratio"))
     envs = 4 if "--num-envs" in flags else 1
     updates = math.floor(ratio * (total - 40 - (total - 40) % envs) / (4 * 8))
     assert (saved(folder)["global_step"], saved(folder)["updates"]) == (total, updates) and updates > 0
-    assert (folder / "model.pt").exists() == ("--save-model" in flags)
+    assert (folder / "model.pt").exists() == ("--save-model" in flags) and (action % 1).any() == ("Pendulum" in flags)
     videos = {x.name for x in tmp_path.glob(f"videos/{folder.relative_to(tmp_path / 'runs')}/train-0/*.mp4")}
     assert bool(videos) == ("--capture-video" in flags) and videos <= {f"rl-video-episode-{i}.mp4" for i in (0, 1, 8)}
     if envs > 1:  # every environment has a seed of its own
-        assert len(np.unique(np.load(folder / "replay" / "obs.obs.npy")[:, 0], axis=0)) == envs
+        assert len({*map(bytes, np.load(folder / "replay/obs.obs.npy")[:, 0])}) == envs and action.std(0).mean() > 0.2
 
 
 BAD = """--size 3m | --twohot log | --replay-windows all | --precision half | --batch-size x | --nonsense 1 | --seed -1
@@ -743,7 +743,7 @@ def test_a_start_that_fails_is_one_line_and_leaves_nothing(flags, words, program
 
 def test_a_run_survives_sigkills_at_random_moments(tmp_path):
     """Killed after some updates, with SLOW=1 19 times more while starting, acting, training or saving, then stopped by
-    SIGTERM: steps, episodes and counters stay consistent."""
+    SIGINT: steps, episodes and counters stay consistent."""
     rng, every, kills = np.random.default_rng(0), 20, 20 if "SLOW" in os.environ else 1
     start = f"{FAST} --batch-size 2 --batch-length 8 --env-id CartPole-v1 --checkpoint-frequency {every}".split()
     folder, cuts, updates, clock = None, {0}, 0, [0]
@@ -761,8 +761,8 @@ def test_a_run_survives_sigkills_at_random_moments(tmp_path):
         while kill in (0, kills) and np.load(folder / "replay" / "clock.npy")[0] < clock[0] + 87:
             time.sleep(0.01)  # the end comes between two checkpoints
         process.stdout.close()  # as when Ctrl-C ends `| tee` too
-        process.send_signal(signal.SIGTERM if kill == kills else signal.SIGKILL)
-        assert process.wait(60) == (128 + signal.SIGTERM if kill == kills else -signal.SIGKILL)
+        process.send_signal(signal.SIGINT if kill == kills else signal.SIGKILL)
+        assert process.wait(60) == (128 + signal.SIGINT if kill == kills else -signal.SIGKILL)
         clock = np.load(folder / "replay" / "clock.npy")
         state = dreamerv3.load_checkpoint(folder)[1]
         assert clock[0] - every * (kill + 1) <= state["global_step"] <= clock[0]  # every kill may cut one save short
@@ -809,15 +809,15 @@ def test_updates_made_up_after_a_kill_are_saved_on_the_way(program, monkeypatch)
     torch.save(saved(folder) | {"owed": 700.0}, folder / "checkpoint.pt")
     latents = torch.zeros(4, 8, TINY.deter), torch.zeros(4, 8, TINY.groups, TINY.classes)
     update = Mock(side_effect=[(latents, {"losses/total": torch.ones(())})] * 599)
-    monkeypatch.setattr(dreamerv3, "train_step", update)
+    monkeypatch.setattr(dreamerv3, "compiled", lambda plain: update)
     with pytest.raises(StopIteration):  # the 600th update is a kill
-        dreamerv3.main(f"--resume {folder} --total-timesteps 70".split())
+        dreamerv3.main(f"--resume {folder} --total-timesteps 70 --compile".split())
     assert (saved(folder)["updates"], saved(folder)["owed"]) == (500, 700.5 - 490)
 
 
 def test_resumed_and_evaluated_runs_are_bit_identical_to_a_plain_one(program, tmp_path, capsys):
     """All start an episode after step 60, so that the environments agree; weights, counters and replay do too."""
-    flags = f"{CHAIN} --train-ratio 12 --total-timesteps"
+    flags = f"{CHAIN} --train-ratio 12 --clip 0.2 --total-timesteps"
     plain, resumed = program(f"{flags} 91 --exp-name plain"), program(f"{flags} 60 --exp-name resumed")
     program(f"--resume {resumed} --total-timesteps 91 --video-frequency 6")
     capsys.readouterr()
@@ -825,16 +825,16 @@ def test_resumed_and_evaluated_runs_are_bit_identical_to_a_plain_one(program, tm
     line = "evaluation: 2 episodes of DreamerChain-v0, return mean 15.0, std 0.0, min 15, max 15"
     assert capsys.readouterr().out.splitlines().count(line) == 3
     a = saved(plain)
-    assert a["updates"] == 19 and a["owed"] == 0.125 and {"return_norm.lo", "return_norm.hi"} < a["agent"].keys()
+    assert a["optimizer"]["param_groups"][0]["clip"] == 0.2 and {"return_norm.lo", "return_norm.hi"} < a["agent"].keys()
     for folder in (resumed, evaluated):
         b = saved(folder)
         rows = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1)
-        assert rows[:, :4].tolist() == [[step, step, 15, 5] for step in range(5, 91, 6)]
+        assert rows[:, :4].tolist() == [[i, i, 15, 5] for i in range(5, 91, 6)] and (np.diff(rows[:, 4]) >= 0).all()
         assert (b["updates"], b["owed"]) == (19, 0.125) and torch.equal(a["torch_rng"], b["torch_rng"])
         assert all(torch.equal(a["agent"][name], b["agent"][name]) for name in a["agent"])
         for file in (plain / "replay").iterdir():
             assert file.read_bytes() == (folder / "replay" / file.name).read_bytes(), file.name
-    assert scalars(evaluated)["eval/episodic_return"] == [15.0] * 3 and "eval/episodic_return" not in scalars(plain)
+    assert scalars(evaluated)["eval/episodic_return"] == [15.0] * 3 == scalars(folder)["charts/episodic_return"][:3]
     assert any(b"|eval_frequency|30|" in file.read_bytes() for file in evaluated.glob("events*"))  # hyperparameters
 
 
@@ -953,19 +953,19 @@ def test_a_dream_is_the_posterior_then_the_prior_alone(argmax_sampling, tmp_path
 
 
 def test_dreams_are_drawn(program):
-    folder = program(f"{QUICK} --env-id DreamerEverything-v0 --total-timesteps 60 --video-frequency 5")
+    folder = program(f"{QUICK} --env-id DreamerEverything-v0 --total-timesteps 60 --video-frequency 5 --image-size 48")
     gif, plot = (Image.open(folder / "dreams" / name) for name in ("5.gif", "10.png"))
-    assert (gif.n_frames, gif.size, plot.size) == (8, (4 * 68, 3 * 64 + 4), (1280, 8 * 120))
+    assert (gif.n_frames, gif.size, plot.size) == (8, (4 * 52, 3 * 48 + 4), (1280, 8 * 120))
     events = EventAccumulator(str(folder)).Reload()
-    for tag, size in {"dream/images": (8 * 68, 4 * 196), "dream/vectors": (1280, 8 * 120)}.items():
+    for tag, size in {"dream/images": (8 * 52, 4 * 148), "dream/vectors": (1280, 8 * 120)}.items():
         assert [(e.width, e.height, e.step) for e in events.Images(tag)] == [(*size, 50), (*size, 60)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     log = dreamerv3.Log(tmp_path, Args(), 0, 1, 1, 0, 0, 0.0)
-    log.update({"losses/rep": torch.tensor(1.0), "losses/recon": torch.tensor(2.0)})
+    assert not any(log.update({"losses/rep": torch.ones(()), "losses/recon": torch.tensor(x)}) for x in (1.0, 3.0))
     assert log.means(7) == {"losses/rep": 1, "losses/recon": 2}
-    log.update({"losses/rep": torch.tensor(1.0), "losses/recon": torch.tensor(math.nan)})
+    log.update({"losses/rep": torch.tensor(1.0), "losses/recon": torch.tensor(math.inf)})
     with pytest.raises(SystemExit, match="losses/recon is not finite at step 7"):
         log.means(7)
 
@@ -989,7 +989,7 @@ def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(program, capsy
     begins = [obs["obs"] for _, obs, _, is_first in (call.args for call in play.call_args_list) if is_first]
     assert (len(begins), len(torch.cat(begins).unique(dim=0))) == (3 * 2 * 4, 4) and play.call_args.args[2][0].any()
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
-    program(f"--resume {folder} --eval-only --batch-size 3", 2)
+    program(f"--resume {folder} --eval-only --eval-episodes 1 --capture-video --no-cuda")
 
 
 def test_the_snippets_of_the_readme_run(program, capsys, tmp_path):
@@ -1014,13 +1014,13 @@ def test_results_are_logs_of_the_program_and_draw_the_figures_of_the_readme(tmp_
 
 
 def test_videos_show_every_step_of_an_episode(program, tmp_path):
-    flags = "--total-timesteps 100 --capture-video --eval-frequency 100 --eval-episodes 1"
+    flags = "--total-timesteps 100 --capture-video --eval-frequency 100 --eval-episodes 1 --action-repeat 2"
     folder = program(f"{QUICK} --env-id CartPole-v1 {flags}")
     program(f"--resume {folder} --eval-only --eval-episodes 3")
     agent, args = dreamerv3.load_agent(folder)
     for episode, length in enumerate(dreamerv3.evaluate(agent, args, 3, args.seed)):  # CartPole pays 1 per step
         video = cv2.VideoCapture(f"videos/{folder.name}/eval-only/rl-video-episode-{episode}.mp4")
-        assert 0 <= video.get(cv2.CAP_PROP_FRAME_COUNT) - length <= 1  # moviepy may drop the last one
+        assert 0 <= video.get(cv2.CAP_PROP_FRAME_COUNT) - math.ceil(length / 2) <= 1  # moviepy may drop the last one
     assert {p.parent.name for p in Path("videos", folder.name).glob("*/*.mp4")} == {"train-0", "eval-100", "eval-only"}
 
 
@@ -1243,12 +1243,12 @@ def test_torchrun_trains_logs_once_and_resumes(tmp_path):
     assert text.count("run folder: ") == 1 and "1 update every 8 agent steps" in text  # both processes' steps
     (folder,) = tmp_path.glob("runs/*")  # one for both
     assert (saved(folder)["global_step"], saved(folder)["updates"]) == (150, (150 - 64) // 8)
-    steps = [np.load(folder / name / "obs.obs.npy")[0, :75] for name in ("replay", "replay1")]
-    assert len(steps[0]) == 75 and not (steps[0] == steps[1]).all(-1).any()  # environments of their own
+    steps, acts = ([np.load(folder / f"replay{i}/{k}.npy")[0, :-1] for i in ("", 1)] for k in ("obs.obs", "action"))
+    assert len(steps[0]) == 75 and not (steps[0] == steps[1]).all(-1).any() and (acts[0] != acts[1]).mean() > 0.2
     (folder / "checkpoint_previous.pt").rename(folder / "checkpoint.pt")  # as if killed after the one of step 140
     text = output(f"--resume {folder} --total-timesteps 160")
     assert text.count("resumed at step 150 after 9 updates") == 1
-    assert saved(folder)["updates"] == 12
+    assert saved(folder)["updates"] == 12 and ("bfloat16" in text) == torch.cpu._is_avx512_bf16_supported()
     assert scalars(folder)["optim/grad_norm"] == scalars(folder / "rank1")["optim/grad_norm"] != []
     for name, flags in {"early": "--train-ratio 64", "last": "--train-ratio 1 --total-timesteps 118"}.items():
         text = output(f"{FAST} --env-id test_dreamerv3:Dreamer-nan-v0 {flags} --exp-name {name}")  # in process 1 alone
