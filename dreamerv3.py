@@ -453,7 +453,7 @@ def main(argv: list[str] | None = None) -> None:
     begun = max_over_ranks(int(time.time()))  # the same name in all ranks
     folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{begun}")
     folder = folder.parent if args.resume and not folder.is_dir() else folder  # --resume may name a file in it
-    run_name = "/".join(folder.parts[-1 - args.env_id.count("/") :])
+    run_name = "/".join(folder.parts[-1 - args.env_id.count("/") :])  # ids may contain slashes
     videos = Path("videos", run_name) if args.capture_video and not rank else None
     if args.eval_only:
         with exit_on_error(args.env_id, Exception, abort=lambda: "failed"):  # one line, exit status 2
@@ -516,7 +516,7 @@ def main(argv: list[str] | None = None) -> None:
     terminated = truncated = np.zeros(args.num_envs, bool)
     is_first = np.ones(args.num_envs, bool)
     state = agent.rssm.initial(args.num_envs)
-    while (global_step < args.total_timesteps or owed >= 1) and not stop.now():  # only updates left: one step more
+    while (global_step < args.total_timesteps or owed >= 1) and not stop.now():  # a resumed run may lack only updates
         # act on what arrived, and store it with the action and the latent state
         tensors = {key: torch.as_tensor(x).to(device) for key, x in obs.items()}
         action, state = act(tensors, state, torch.as_tensor(is_first).to(device))  # policy
