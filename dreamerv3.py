@@ -164,7 +164,7 @@ class Agent(nn.Module):
 
 
 def get_feat(deter: Tensor, stoch: Tensor) -> Tensor:
-    """(…, D), (…, S, K) -> (…, F), the input of all heads but the decoder; autocast would cast it in each of them."""
+    """(…, D), (…, S, K) -> (…, F), the input of all heads but the decoder; under autocast cast here, once for all."""
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cuda" if deter.is_cuda else "cpu") else torch.float32
     return torch.cat([deter, stoch.flatten(-2)], -1).to(dtype)
 
@@ -302,7 +302,7 @@ class ReturnNorm(nn.Module):
         for running, q in ((self.lo, 0.05), (self.hi, 0.95)):
             rank = q * (len(ordered) - 1)
             percentile = ordered[int(rank)].lerp(ordered[math.ceil(rank)], rank % 1)  # ()
-            running.lerp_(percentile, 0.01)  # an average with decay 0.99
+            running.lerp_(percentile, 0.01)  # decay 0.99, from 0, without bias correction
 
     @property
     def scale(self) -> Tensor:
@@ -368,7 +368,7 @@ class LaProp(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> dict[str, Tensor]:
-        """One update of the one parameter group, in which every tensor needs a gradient. Returns metrics."""
+        """One update of the one parameter group, every tensor of which has a `.grad`. Returns metrics."""
         (group,) = self.param_groups
         params = group["params"]
         grads, state = [p.grad for p in params], [self.state[p] for p in params]
@@ -398,7 +398,7 @@ class LaProp(torch.optim.Optimizer):
 
 # === 8. One update, and the loop ======================================================================================
 def loss(agent: Agent, batch: dict, args: Args) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
-    """The sum of all losses on one batch, shaped as for world_model_loss: -> total (), the posterior latents deter
+    """The weighted sum of all losses. batch: as for world_model_loss. Returns total (), the posterior latents deter
     (B, T, D) and stoch (B, T, S, K), and metrics; latents and metrics are detached."""
     with torch.autocast(batch["reward"].device.type, torch.bfloat16) if args.precision == "bfloat16" else nullcontext():
         losses, deter, stoch, feat, metrics = world_model_loss(agent, batch, args)
@@ -532,7 +532,7 @@ def main(argv: list[str] | None = None) -> None:
             obs, reward, terminated, truncated, infos = envs.step(action)
         is_first = is_last
 
-        # make the updates that are due: `owed` counts them, from step `train_after` (--learning-starts) on
+        # make the updates that are due: `owed` counts them, after step `train_after` (--learning-starts)
         started = time.time()
         if global_step > train_after:
             owed += all_envs / steps_per_update
@@ -642,9 +642,9 @@ class Adapter(gym.Wrapper):
         """One flat array per key, of the declared shape, with classes that exist and finite numbers."""
         out = {}
         for key, (path, space) in self.leaves.items():
-            x, spec = np.asarray(reduce(lambda x, key: x[key], path, observation)), self.specs[key]
-            good = x.dtype.kind in ("u" if spec.is_image else "iub" if spec.classes else "iubf")
-            value = x if x.ndim else x.item()  # as int, any class of a Discrete space is in it, whatever its dtype
+            x, spec = np.asarray(reduce(lambda part, name: part[name], path, observation)), self.specs[key]
+            good = x.dtype.kind in ("u" if spec.is_image else "iub" if spec.classes else "iubf")  # NumPy's letters
+            value = x if x.ndim else x.item()  # of an int, Discrete checks the value, not the dtype
             good = good and (space.contains(value) if spec.classes else np.isfinite(x.astype(np.float32)).all())
             if not good or x.shape != space.shape:
                 raise ValueError(f"observation '{key}' is declared {space} and came as {x.dtype} {x.shape} {x}")
@@ -749,7 +749,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict]:
     if args.eval_only and not args.resume:
         fail("--eval-only needs --resume and a run folder, a checkpoint or a model.pt")
     if args.resume:
-        stored, state = load_checkpoint(Path(args.resume), ["agent"] if args.eval_only else CHECKPOINT)
+        stored, state = load_checkpoint(Path(args.resume), "agent" if args.eval_only else "optimizer")
         args = parse(stored)
         free = "resume total_timesteps checkpoint_frequency log_frequency compile cuda save_model capture_video track"
         free += " cudagraphs wandb_project_name wandb_entity eval_only eval_episodes eval_frequency video_frequency"
@@ -785,9 +785,10 @@ def check_args(args: Args) -> None:
         ("total_timesteps", lambda x: x >= total, f"at least {total}, --batch-length + 1 per environment"),
         ("buffer_size", lambda x: x >= buffer, f"at least {buffer}, one batch, and --batch-length + 1 per environment"),
     ]
-    for name, good, limit in ((name, *rule) for names, *rule in rules for name in names.split()):
-        if not good(getattr(args, name)):
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be {limit}")
+    for names, good, limit in rules:
+        for name in names.split():
+            if not good(getattr(args, name)):
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be {limit}")
 
 
 def choose_device(args: Args) -> torch.device:
@@ -831,7 +832,7 @@ class Stop:
             os.dup2(1, 2)
 
     def now(self) -> int:
-        """The exit status as soon as any rank is to stop, else 0. After that no rank waits for another here."""
+        """The exit status as soon as any rank is to stop, else 0. From then on no rank waits for another here."""
         self.agreed = self.agreed or max_over_ranks(self.code)
         return self.agreed
 
@@ -842,7 +843,7 @@ def make_replay(args: Args, specs: dict, action: ActionSpec, folder: Path, resum
     layout = {f"obs/{key}": (spec.shape, spec.dtype) for key, spec in specs.items()}
     layout["action"] = ((len(action.nvec),), np.int32) if action.nvec else ((action.size,), np.float32)
     layout |= {"reward": ((), np.float32), "deter": ((size.deter,), np.float16), "stoch": ((size.groups,), np.uint8)}
-    capacity = resumed.get("capacity", min(args.buffer_size, args.total_timesteps // world))  # it stays what it was
+    capacity = resumed.get("capacity", min(args.buffer_size, args.total_timesteps // world))  # a run keeps its own
     print(f"replay: {capacity:,} steps take {capacity * Replay.bytes_per_step(layout) / 1e9:.2f} GB")
     where, seed = folder / f"replay{rank or ''}" if args.persist_replay else None, args.seed + 1000 * rank
     wrong = f"cannot read the replay buffer {where}" if resumed else "cannot write the run folder (--buffer-size)"
@@ -882,8 +883,9 @@ class Log:
         """Of the metrics since the last record. Stops the program when one of them is not finite."""
         values = torch.stack(self.window).mean(0).tolist() if self.window else []
         means = dict(zip(self.names, values, strict=True))
-        for name in (name for name, x in means.items() if not math.isfinite(x)):
-            sys.exit(f"dreamerv3.py: {name} is not finite at step {step}; the last checkpoint is in {self.folder}")
+        for name, x in means.items():
+            if not math.isfinite(x):
+                sys.exit(f"dreamerv3.py: {name} is not finite at step {step}; the last checkpoint is in {self.folder}")
         return means
 
     def step(self, step: int, updates: int, infos: dict) -> None:
@@ -918,9 +920,6 @@ def track(args: Args, name: str) -> None:
 
 
 # === 11. Checkpoints, evaluation, dreams, compilation, several processes ==============================================
-CHECKPOINT = "agent optimizer replay capacity torch_rng cuda_rng seconds global_step updates owed".split()
-
-
 def save_run(folder: Path, args: Args, agent: Agent, optimizer: LaProp, replay: Replay, counters: dict) -> bool:
     """Write folder/checkpoint.pt so that at every moment it or checkpoint_previous.pt is whole; with --save-model,
     model.pt too. False, with a warning, when the disk is full."""
@@ -941,27 +940,28 @@ def save_run(folder: Path, args: Args, agent: Agent, optimizer: LaProp, replay: 
             torch.save({"args": state["args"], "agent": state["agent"]}, temporary)
             os.replace(temporary, folder / "model.pt")
         return True
-    except (OSError, RuntimeError) as error:  # a full disk may be either in torch.save
+    except (OSError, RuntimeError) as error:  # torch.save raises either when the disk is full
         temporary.unlink(missing_ok=True)  # it needs the space
         print(f"warning: cannot save at step {counters['global_step']:,}, {error}: training goes on", flush=True)
         return False
 
 
-def load_checkpoint(path: Path, keys: list[str] = CHECKPOINT) -> tuple[Args, dict]:
-    """Flags and these keys of the newest good checkpoint. path: a run folder, or a file in it, which is tried first."""
+def load_checkpoint(path: Path, needed: str = "optimizer") -> tuple[Args, dict]:
+    """Flags and state of the newest good checkpoint, one with the key `needed` (model.pt has only "agent"). path: a run
+    folder, or a file in it, which is tried first."""
     folder = path.parent if path.is_file() else path
     newest, problems = folder / "checkpoint.pt", []
     for file in filter(Path.is_file, dict.fromkeys([path, newest, folder / "checkpoint_previous.pt"])):
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)  # a stranger's file cannot run code
-            args, state = Args(**state["args"]), {key: state[key] for key in keys}
+            args, _ = Args(**state["args"]), state[needed]
         except Exception as error:  # truncated, corrupt or foreign: torch raises many kinds
             problems.append(f"{file} is unreadable ({type(error).__name__})")
             continue
         print("".join(f"warning: {problem}, using {file.name}\n" for problem in problems), end="")
-        if problems and keys is CHECKPOINT and newest.exists() and file != newest:
-            with suppress(FileNotFoundError):  # another rank was faster
-                os.replace(newest, newest.with_suffix(".unreadable"))  # it must not become the previous good one
+        if problems and needed == "optimizer" and file != newest:
+            with suppress(FileNotFoundError):  # there is none, or another rank was faster
+                os.replace(newest, newest.with_suffix(".unreadable"))  # else a save would replace the good previous one
         return args, state
     return fail(f"--resume {path} holds no good checkpoint of a run: {', '.join(problems) or 'there is none'}")
 
@@ -971,15 +971,15 @@ def resume_run(args: Args, state: dict, parts: dict, rank: int, all_envs: int, s
     global_step, updates, updates owed, and the step after which updates begin."""
     replay = parts["replay"]
     global_step, updates, owed = (state.get(name, 0) for name in ("global_step", "updates", "owed"))
-    stored = -max_over_ranks(-replay.now) * all_envs  # the fewest of any rank, times all
+    stored = -max_over_ranks(-replay.now) * all_envs  # steps that every rank has, times all environments
     missing = max(0, args.learning_starts - stored)
     if state:
         with exit_on_error("--resume names a run of other spaces or another size", KeyError, RuntimeError, ValueError):
             for name, part in parts.items():
-                if name != "replay" or rank == 0:  # only rank 0's is saved: others draw from the start of theirs
+                if name != "replay" or rank == 0:  # the others' random state is not saved: it starts anew
                     part.load_state_dict(state[name])
-        torch.set_rng_state(state["torch_rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])  # none of a run on a CPU
+            torch.set_rng_state(state["torch_rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])  # [] if saved on a CPU
         owed += max(0, stored - max(global_step, args.learning_starts)) / steps_per_update
         global_step = max(global_step, stored)  # more are stored when it was killed after its last checkpoint
         refill = f": TOO FEW, collecting {missing:,} before the next update" if missing else ""
@@ -991,7 +991,7 @@ def resume_run(args: Args, state: dict, parts: dict, rank: int, all_envs: int, s
 def load_agent(path: str | Path, device: str | torch.device = "cpu") -> tuple[Agent, Args]:
     """The agent of a run folder, a checkpoint or a model.pt, and the flags it was trained with. An environment is made,
     to ask it for its spaces. Exits with one line when a file or the environment is missing."""
-    args, state = load_checkpoint(Path(path), ["agent"])
+    args, state = load_checkpoint(Path(path), "agent")
     env = make_env(args.env_id, args.image_size, args.action_repeat)
     agent = Agent(env.specs, env.action_spec, SIZES[args.size], args).to(device)
     agent.load_state_dict(state["agent"])
@@ -1028,8 +1028,8 @@ def open_loop(agent: Agent, batch: dict, context: int = 5) -> dict[str, Tensor]:
     above each other, (n, T, 3h, w, C) in [0, 1]; else truth and prediction (n, T, 2, d), discrete keys as classes."""
     obs = {key: x[:4] for key, x in batch["obs"].items()}
     deter, stoch, action, is_first = (batch[key][:4] for key in ("deter", "stoch", "prev_action", "is_first"))
-    embed, states = agent.encoder(obs), []
-    u = torch.rand(is_first.shape[1], *stoch.shape[:2], device=stoch.device)  # (T, n, S)
+    embed, states, rng = agent.encoder(obs), [], torch.Generator(stoch.device)  # training's noise is left alone
+    u = torch.rand(is_first.shape[1], *stoch.shape[:2], generator=rng, device=stoch.device)  # (T, n, S)
     for t in range(is_first.shape[1]):
         deter, stoch, _ = agent.rssm.observe_step(deter, stoch, action[:, t], embed[:, t], is_first[:, t], u[t])
         if t >= context:
@@ -1051,8 +1051,7 @@ def write_dream(agent: Agent, batch: dict, folder: Path, writer: SummaryWriter, 
     Borders are green while the model sees the frames, red when it does not, white where an episode starts."""
     context, is_first, path = 5, batch["is_first"][:4].cpu(), folder / "dreams" / str(updates)
     path.parent.mkdir(exist_ok=True)
-    with torch.random.fork_rng([batch["deter"].device] if batch["deter"].is_cuda else []):  # training does not notice
-        dream = {key: x.cpu() for key, x in open_loop(agent, batch, context).items()}
+    dream = {key: x.cpu() for key, x in open_loop(agent, batch, context).items()}
     # images that are not RGB are shown by their last channel: the newest of stacked frames
     images = [x if x.shape[-1] == 3 else x[..., -1:].expand(*x.shape[:-1], 3) for x in dream.values() if x.ndim == 5]
     lines = [(f"{key}[{i}]", x[..., i]) for key, x in dream.items() if x.ndim == 4 for i in range(x.shape[-1])]
@@ -1074,7 +1073,7 @@ def write_dream(agent: Agent, batch: dict, folder: Path, writer: SummaryWriter, 
         figure = Figure((16, 1.5 * len(lines)), dpi=80, layout="constrained")
         begin = np.arange(len(is_first)) * (length + 1)  # the sequences are drawn side by side
         for ax, (name, x) in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
-            ax.plot(F.pad(x, (0, 0, 0, 1), value=math.nan).flatten(0, 1), label=["true", "predicted"])
+            ax.plot(F.pad(x, (0, 0, 0, 1), value=math.nan).flatten(0, 1), label=["true", "predicted"])  # NaN: a gap
             ax.set(ylabel=name, xticks=begin + context, xlim=(-1, begin[-1] + length))  # ticks: where prediction begins
         ax.legend(loc="upper right")
         figure.savefig(path.with_suffix(".png"))
@@ -1142,7 +1141,7 @@ def join_ranks() -> tuple[int, int]:
         fail(f"--nproc-per-node {ranks} is more than the {gpus} GPUs here; CUDA_VISIBLE_DEVICES= hides them")
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=1))  # for evaluations
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=1))  # evaluations are long
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     return dist.get_rank(), dist.get_world_size()
@@ -1164,7 +1163,7 @@ def train_together(agent: Agent, optimizer: LaProp) -> None:
     def update_range(returns: Tensor) -> None:
         parts = [torch.empty(returns.shape, device=returns.device) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, returns.contiguous())  # compiled code may choose another order
-        ReturnNorm.update(agent.return_norm, torch.cat(parts))
+        ReturnNorm.update(agent.return_norm, torch.cat(parts))  # the class's, since the instance's is replaced
 
     def average_gradients(*_) -> None:
         for p in agent.trained():

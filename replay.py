@@ -22,7 +22,7 @@ class Replay:
     "stoch" among them; observation keys start with "obs/", the flags come by themselves. length: T, steps per sampled
     sequence. windows: "episode" begins at a uniformly drawn step, follows its episode and starts it over where it ends;
     "stream" takes T consecutive steps of one environment. folder: where memory-mapped files keep the steps between
-    runs; None: in RAM. Raises ValueError when the capacity cannot hold one window per environment or the files are
+    runs; None: in RAM. Raises ValueError when the capacity is below T + 1 steps per environment or the files are
     damaged or of another buffer, and OSError, leaving no files behind, when there is no room for them: their space is
     reserved here.
     """
@@ -147,7 +147,7 @@ class Replay:
         return np.where(self.data["is_first"][:, oldest % self.slots], oldest, oldest + 1)
 
     def _extend_episodes(self, now: int, is_first: np.ndarray) -> None:
-        """Episode index: number of each step's episode; first and one-past-last step of each number (modulo slots)."""
+        """Index step `now`: its episode's number, and that number's first and one-past-last step (modulo slots)."""
         rows = np.arange(self.num_envs)
         self.number += is_first
         self.episode[:, now % self.slots] = self.number
