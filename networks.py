@@ -105,8 +105,8 @@ class TwoHot(nn.Module):
         return logits.logsumexp(-1) - (1 - weight) * picked[..., 0] - weight * picked[..., 1]
 
     def mean(self, logits: Tensor) -> Tensor:
-        """Expected value under softmax(logits) (…, V) -> (…,), in symlog space for symlog bins. Mirror bins are paired:
-        uniform logits give exactly 0."""
+        """Expected bin under softmax(logits) (…, V) -> (…,); symexp of it when targets are symlogs. Bins are paired
+        with their mirror images, so that uniform logits give exactly 0."""
         probs = logits.float().softmax(-1)
         half = len(self.bins) // 2
         pairs = probs[..., half + 1 :] - probs[..., :half].flip(-1)  # the bins are symmetric, the middle one is 0
