@@ -46,15 +46,15 @@ def authors_seeds(task: str) -> list[np.ndarray]:
 
 
 def compare(folder: Path, until: int) -> None:
-    """Print for every DeepMind Control log that is long enough: the mean of the training episodes that end in the last
-    10,000 environment steps before `until`, the authors' scores there, and the rank of ours among the six."""
+    """Print for every DeepMind Control log with training episodes that end in the last 10,000 environment steps before
+    `until`: their mean, the authors' scores there, and the rank of ours among the six."""
     print(f"| task at {until:,} environment steps | run | mean (episodes) | the authors' seeds | rank |")
     print("|---|---|---|---|---|")
     for path in sorted(folder.glob("dm_control-*.csv")):
         frames, returns = read(path, 1, 2)
-        if frames[-1] >= until - 2_000:
+        near = returns[(frames > until - 10_000) & (frames <= until)]
+        if len(near):
             task, run = path.stem.split("__")
-            near = returns[(frames > until - 10_000) & (frames <= until)]
             theirs = [float(score[steps == until][0]) for steps, score in authors_seeds(task)]
             rank = 1 + sum(x > near.mean() for x in theirs)
             scores = ", ".join(f"{x:.0f}" for x in sorted(theirs, reverse=True))
