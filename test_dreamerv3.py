@@ -141,7 +141,8 @@ def test_categoricals():
     rssm, zeros = (agent := make_agent(unimix=1.0)[0]).rssm, torch.zeros(500, 3, 16)
     feat, action = dreamerv3.imagine(agent, *rssm.initial(500)[:2], 3)
     _, seen, _ = rssm.observe(*rssm.initial(500)[:2], zeros[..., :3], zeros, zeros[..., 0] == 0)
-    for x in (action, z := feat[:, 1:, 32:].unflatten(-1, (4, 4)), seen, z.swapaxes(1, 2), seen.swapaxes(1, 2)):
+    acted = dreamerv3.policy(agent, {"vector": torch.zeros(500, 5)}, rssm.initial(500), zeros[:, 0, 0] == 0)[1][1]
+    for x in (action, z := feat[:, 1:, 32:].unflatten(-1, (4, 4)), seen, z.swapaxes(1, 2), seen.swapaxes(1, 2), acted):
         assert (x[:, 1:] * x[:, :-1]).sum(-1).mean(0).max() < 0.7  # every step and every group has noise of its own
 
 
@@ -646,7 +647,6 @@ world_model/{prior_entropy,posterior_entropy} optim/{grad_norm,update_rms,param_
 KEYS = {f"{group}{name}" for group, names in re.findall(r"(\w+/){(.*?)}", KEYS) for name in names.split(",")}
 WORDS = "trained parameters| GB|1 update every|run folder: runs/".split("|")
 WORDS += ["device: cuda"] if torch.cuda.is_available() else ["device: cpu", "CUDA is not available"]
-
 
 RUNS = """--env-id CartPole-v1 | --env-id CartPole-v1 --num-envs 4 --replay-windows stream --capture-video
 --env-id Pendulum-v1 --action-repeat 2 --twohot symlog --video-frequency 0 --warmup-updates 0
