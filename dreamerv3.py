@@ -468,7 +468,7 @@ def main(argv: list[str] | None = None) -> None:
     specs, action_spec, repeat = (envs.get_attr(name)[0] for name in ("specs", "action_spec", "repeat"))
     if args.track and not rank:
         track(args, run_name)
-    replay = make_replay(args, specs, action_spec, folder, resumed, rank)
+    replay = make_replay(args, specs, action_spec, folder, resumed, rank, world)
     agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
     optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
     parts = {"agent": agent, "optimizer": optimizer, "replay": replay}
@@ -837,18 +837,18 @@ class Stop:
         return self.agreed
 
 
-def make_replay(args: Args, specs: dict, action: ActionSpec, folder: Path, resumed: dict, rank: int) -> Replay:
+def make_replay(args, specs: dict, action: ActionSpec, folder: Path, resumed: dict, rank: int, world: int) -> Replay:
     """The replay buffer of one process, in the run folder or in RAM. Exits with one line when it does not fit there."""
-    size, world = SIZES[args.size], dist.get_world_size() if dist.is_initialized() else 1
+    size, seed = SIZES[args.size], args.seed + 1000 * rank
     layout = {f"obs/{key}": (spec.shape, spec.dtype) for key, spec in specs.items()}
     layout["action"] = ((len(action.nvec),), np.int32) if action.nvec else ((action.size,), np.float32)
     layout |= {"reward": ((), np.float32), "deter": ((size.deter,), np.float16), "stoch": ((size.groups,), np.uint8)}
     capacity = resumed.get("capacity", min(args.buffer_size, args.total_timesteps // world))  # a run keeps its own
     print(f"replay: {capacity:,} steps take {capacity * Replay.bytes_per_step(layout) / 1e9:.2f} GB")
-    where, seed = folder / f"replay{rank or ''}" if args.persist_replay else None, args.seed + 1000 * rank
+    where = folder / f"replay{rank or ''}" if args.persist_replay else None
     wrong = f"cannot read the replay buffer {where}" if resumed else "cannot write the run folder (--buffer-size)"
     with exit_on_error(wrong, OSError, ValueError, EOFError, MemoryError):
-        folder.mkdir(parents=True, exist_ok=bool(resumed) or dist.is_initialized())
+        folder.mkdir(parents=True, exist_ok=bool(resumed) or world > 1)  # another rank may be faster
         return Replay(capacity, args.num_envs, layout, args.batch_length, args.replay_windows, seed, where)
 
 
@@ -1049,7 +1049,8 @@ def open_loop(agent: Agent, batch: dict, context: int = 5) -> dict[str, Tensor]:
 def write_dream(agent: Agent, batch: dict, folder: Path, writer: SummaryWriter, step: int, updates: int) -> None:
     """Draw open_loop of a batch: images into folder/dreams/{updates}.gif, vectors into .png, both into TensorBoard.
     Borders are green while the model sees the frames, red when it does not, white where an episode starts."""
-    context, is_first, path = 5, batch["is_first"][:4].cpu(), folder / "dreams" / str(updates)
+    context, path = 5, folder / "dreams" / str(updates)
+    is_first = batch["is_first"][:4].cpu()  # (n, T)
     path.parent.mkdir(exist_ok=True)
     dream = {key: x.cpu() for key, x in open_loop(agent, batch, context).items()}
     # images that are not RGB are shown by their last channel: the newest of stacked frames
