@@ -12,7 +12,7 @@ One optimizer and one set of hyperparameters for every environment.
 
 Symbols: B batch, T sequence length, N rows (B*T in imagination, environments when acting), H imagination horizon, D
 width of h (deter), S groups of K classes in z (stoch), F = D + S*K features, E embedding, A action, V bins. Scalars per
-step are (B, T). Everything is batch-major.
+step are (B, T). Everything but noise is batch-major.
 
 Time line. Step t holds what arrived at t and the action chosen on it; reward[t] was earned by action[t-1].
 
@@ -96,7 +96,7 @@ class Args:
     rep_scale: float = 0.1  # beta_rep, weight of the KL loss that trains the posterior
     free_nats: float = 1.0  # KL below which neither KL loss has a gradient
     unimix: float = 0.01  # uniform probability mixed into the latent categoricals
-    twohot: Literal["symexp", "symlog"] = "symexp"  # symexp-spaced bins, or even bins for symlog targets (preprint)
+    twohot: Literal["symexp", "symlog"] = "symexp"  # bins spaced by symexp, or evenly for symlog targets (preprint)
     bins: int = 255  # V, bins of the reward and critic distributions, odd
     # Actor and critic
     imagination_horizon: int = 15  # H, imagined steps per start state
@@ -112,7 +112,7 @@ class Args:
     warmup_updates: int = 1000  # updates over which the learning rate rises linearly from 0
     clip: float = 0.3  # adaptive gradient clipping: largest ratio of a tensor's gradient norm to its own norm
     train_ratio: float = 256.0  # replayed steps per agent step; an update replays batch_size * batch_length steps
-    learning_starts: int = 1024  # agent steps collected before the first update
+    learning_starts: int = 1024  # agent steps after which updates are due, at least batch_length per environment
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where it is native
     compile: bool = True  # compile the functions that take most of an update's time; eager mode where that fails
     cudagraphs: bool = True  # on CUDA, launch the policy and the update as one graph each; not under torchrun
@@ -272,10 +272,10 @@ def imagine_step(agent: Agent, deter: Tensor, stoch: Tensor, action: Tensor, u: 
 # === 5. Lambda-return and return range (paper: "Critic learning", "Actor learning") ===================================
 @torch.compiler.disable  # an unrolled loop takes long to compile and saves at most 2 % of an update
 def lambda_return(last: Tensor, term: Tensor, reward: Tensor, boot: Tensor, disc: float = 1, lam: float = 0.95):
-    """Lambda-returns of trajectories of length L: all arguments (N, L) -> (N, L-1).
+    """Lambda-returns of trajectories of length L: tensors (N, L) -> (N, L-1).
 
     R[t] = reward[t+1] + live[t+1] * ((1 - trace[t+1]) * boot[t+1] + trace[t+1] * R[t+1]), R[L-1] = boot[L-1], where
-    live = (1 - term) * disc ends the return at terminations, trace = (1 - last) * lam bootstraps at any episode end.
+    live = (1 - term) * disc is 0 at terminations; trace = (1 - last) * lam is 0, so R[t] bootstraps, at episode ends.
     """
     live = (1 - term.float()) * disc
     trace = (1 - last.float()) * lam
@@ -463,7 +463,7 @@ def main(argv: list[str] | None = None) -> None:
     all_envs = args.num_envs * world  # of all processes: their steps are counted together
     steps_per_update = args.batch_size * args.batch_length * world / args.train_ratio  # agent steps per update
 
-    with exit_on_error(f"--env-id {args.env_id} cannot be made", Exception):  # in a worker; else make_env has exited
+    with exit_on_error(f"--env-id {args.env_id} cannot be made", Exception):  # in a worker; else make_env exits itself
         envs = make_envs(args, videos and videos / f"train-{resumed.get('global_step', 0)}")
     specs, action_spec, repeat = (envs.get_attr(name)[0] for name in ("specs", "action_spec", "repeat"))
     if args.track and not rank:

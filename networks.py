@@ -223,16 +223,16 @@ class BlockLinear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0):
         super().__init__()
-        self.blocks, self.inputs = blocks, inputs // blocks
-        self.weight = nn.Parameter(torch.empty(blocks, self.inputs + shared, outputs // blocks))
+        self.blocks, self.width = blocks, inputs // blocks
+        self.weight = nn.Parameter(torch.empty(blocks, self.width + shared, outputs // blocks))
         self.bias = nn.Parameter(torch.empty(outputs))
         init(self, inputs + blocks * shared)  # the full input width, as in the official code
 
     def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
-        x = x.unflatten(-1, (self.blocks, self.inputs)).transpose(0, 1)  # (G, N, I)
-        out = torch.bmm(x, self.weight[:, : self.inputs]).transpose(0, 1).flatten(1) + self.bias
+        x = x.unflatten(-1, (self.blocks, self.width)).transpose(0, 1)  # (G, N, I)
+        out = torch.bmm(x, self.weight[:, : self.width]).transpose(0, 1).flatten(1) + self.bias
         if shared is not None:  # expanded, so that neither `shared` nor the weights are copied
-            product = torch.bmm(shared.expand(self.blocks, -1, -1), self.weight[:, self.inputs :])  # (G, N, outputs/G)
+            product = torch.bmm(shared.expand(self.blocks, -1, -1), self.weight[:, self.width :])  # (G, N, outputs/G)
             out = out + product.transpose(0, 1).flatten(1)
         return out
 

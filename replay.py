@@ -44,7 +44,7 @@ class Replay:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         self.clock = self.data.pop("clock")  # (1,) complete steps per environment: the one number that commits a step
-        self.unused = np.zeros(num_envs, np.int64)  # newest steps that were in no online window yet
+        self.unused = np.zeros(num_envs, np.int64)  # steps so far of the next online window
         self.online = {}  # environment -> first step of its newest complete window, not yet sampled
         self._index_episodes()
 
@@ -147,7 +147,7 @@ class Replay:
         return np.where(self.data["is_first"][:, oldest % self.slots], oldest, oldest + 1)
 
     def _extend_episodes(self, now: int, is_first: np.ndarray) -> None:
-        """Index step `now`: its episode's number, and that number's first and one-past-last step (modulo slots)."""
+        """Index step `now`: its episode's number; at number % slots, its first and one-past-last time."""
         rows = np.arange(self.num_envs)
         self.number += is_first
         self.episode[:, now % self.slots] = self.number
