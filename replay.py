@@ -167,7 +167,7 @@ class Replay:
     def _allocate(name: str, shape: tuple, dtype, folder: Path | None, new: bool) -> np.ndarray:
         if folder is None:
             return np.zeros(shape, dtype)
-        path = folder / f"{name.replace('/', '.')}.npy"
+        path = folder / f"{name.replace('.', '..').replace('/', '.')}.npy"  # a.b and a/b are different files
         if new:
             os.makedirs(folder, exist_ok=True)
             array = np.lib.format.open_memmap(path, "w+", dtype, shape)

@@ -380,7 +380,7 @@ def test_alignment_on_a_chain(env_id, windows, program, monkeypatch):
 
 # === replay ===========================================================================================================
 FIELDS = {"obs/x": ((3,), np.float32), "action": ((1,), np.int32), "reward": ((), np.float32)}
-FIELDS |= {"deter": ((3,), np.float16), "stoch": ((2,), np.uint8)}
+FIELDS |= {"deter": ((3,), np.float16), "stoch": ((2,), np.uint8), "obs/a.b": ((), "i4"), "obs/a/b": ((), "i4")}
 FULL_DISK = [None] * 8 + [OSError(28, "No space left on device")]  # when the clock is made, the last of nine files
 
 
@@ -391,7 +391,7 @@ def fill(replay: Replay, steps: int, lengths, seed: int = 0) -> None:
     for now in range(replay.now, replay.now + steps):
         last, time = left == 1, np.full(envs, now)
         step = {"obs/x": np.stack([np.arange(envs), time, left], 1), "action": time[:, None], "reward": time}
-        step |= {"is_first": first, "is_last": last, "is_terminal": last}
+        step |= {"is_first": first, "is_last": last, "is_terminal": last, "obs/a.b": time, "obs/a/b": left}
         step |= {"deter": np.zeros((envs, 3)), "stoch": np.full((envs, 2), now % 200)}
         for value in step.values():
             value.flags.writeable = False  # add must not change its input
@@ -479,7 +479,7 @@ def test_replay_goes_on_from_its_files(windows, tmp_path):
     again.load_state_dict(kept.state_dict())
     for _ in range(20):
         (a, _), (b, _) = kept.sample(6), again.sample(6)
-        assert all(np.array_equal(a[k], b[k]) for k in a)
+        assert all(np.array_equal(a[k], b[k]) for k in a) and (a["obs/a.b"] == a["reward"]).all()
     state = kept.state_dict() | {"online": {0: 1}}
     fill(kept, 9, [5, 13])
     again = Replay(60, 2, FIELDS, 8, windows, folder=tmp_path)
@@ -500,7 +500,7 @@ def test_replay_refuses_what_cannot_work():
         Replay(16, 2, FIELDS, 8)
     with pytest.raises(ValueError, match="nothing to sample"):
         Replay(100, 1, FIELDS, 8).sample(1)
-    assert Replay.bytes_per_step(FIELDS) == 12 + 4 + 4 + 6 + 2 + 3 + 20
+    assert Replay.bytes_per_step(FIELDS) == 12 + 4 + 4 + 6 + 2 + 4 + 4 + 3 + 20
 
 
 # === environments =====================================================================================================
