@@ -681,8 +681,6 @@ def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, videos: 
         os.setpgid(0, 0)  # Ctrl-C and launchers signal a whole process group: the training process decides
     module, install = next((entry for prefix, entry in PACKAGES.items() if env_id.startswith(prefix)), ("ale_py", ""))
     options = {"disable_env_checker": True} | ({"render_mode": "rgb_array"} if videos else {})
-    if module == "shimmy" and not videos:
-        os.environ.setdefault("MUJOCO_GL", "disabled")  # state observations need no renderer
     try:
         getattr(import_module(module), "register_envs", lambda: None)()
         env, repeat = gym.make(env_id, **options), action_repeat or 1
@@ -705,6 +703,8 @@ def make_env(env_id: str, image_size: int = 64, action_repeat: int = 0, videos: 
 
 def make_envs(args: Args, videos: Path | None) -> gym.vector.VectorEnv:
     """The environments of a training process, each in a worker process when there are several; videos: of the first."""
+    if args.env_id.startswith("dm_control/") and not args.capture_video:
+        os.environ.setdefault("MUJOCO_GL", "disabled")  # state observations need no renderer
     make = partial(make_env, args.env_id, args.image_size, args.action_repeat)
     makers = [partial(make, videos if i == 0 else None) for i in range(args.num_envs)]
     envs = gym.vector.SyncVectorEnv(makers) if args.num_envs == 1 else gym.vector.AsyncVectorEnv(makers)
