@@ -448,7 +448,7 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
 def main(argv: list[str] | None = None) -> None:
     """Train: act, store, step, update, log, save, evaluate. With --eval-only, only evaluate. Always exits."""
     rank, world = join_ranks()  # 0 and 1 unless under torchrun
-    args, resumed = parse_args(argv)  # resumed: the checkpoint of --resume, or {}
+    args, resumed = parse_args(argv, world)  # resumed: the checkpoint of --resume, or {}
     device = choose_device(args)  # also resolves the flags that are "auto" and sets all seeds
     begun = max_over_ranks(int(time.time()))  # the same name in all ranks
     folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{begun}")
@@ -735,7 +735,7 @@ def exit_on_error(what: str, *kinds: type[Exception], abort=None):
         fail(f"{what}: {type(error).__name__}: {str(error)[:300] or missing}")
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[Args, dict]:
+def parse_args(argv: list[str] | None = None, world: int = 1) -> tuple[Args, dict]:
     """Flags from the command line, checked; with --resume the stored ones, and the checkpoint, else {}."""
 
     def parse(default: Args) -> Args:
@@ -760,15 +760,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict]:
             setattr(args, name, old)
         if args.total_timesteps < stored.total_timesteps:
             fail(f"--total-timesteps {args.total_timesteps} is less than the {stored.total_timesteps} of that run")
-    check_args(args)
+    check_args(args, world)
     return args, state
 
 
-def check_args(args: Args) -> None:
+def check_args(args: Args, world: int = 1) -> None:
     """Exit with one line when a flag has an impossible value: it names the value, the limit and so the fix."""
     numbers = " ".join(name for name, value in asdict(args).items() if not isinstance(value, str))
     positive = "total_timesteps num_envs batch_size learning_rate train_ratio log_frequency imagination_horizon clip"
-    world = dist.get_world_size() if dist.is_initialized() else 1
     first, total = args.batch_length * args.num_envs * world, (args.batch_length + 1) * args.num_envs * world
     buffer = max(total // world, args.batch_size * args.batch_length)
     rules = [

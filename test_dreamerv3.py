@@ -698,13 +698,12 @@ def test_bad_input_gives_one_line_and_status_2(flags, program, capsys, tmp_path,
     assert flags.split()[0].lstrip("-") in error.replace("_", "-") and not list(tmp_path.iterdir())
 
 
-def test_limits_count_the_processes_that_train_together(monkeypatch, capsys):
-    monkeypatch.setattr(dreamerv3, "dist", Mock(get_world_size=lambda: 8))
+def test_limits_count_the_processes_that_train_together(capsys):
     least = {"buffer_size": 65 * 16, "learning_starts": 64 * 16 * 8, "total_timesteps": 65 * 16 * 8}
-    dreamerv3.check_args(Args(num_envs=16, **least))
+    dreamerv3.check_args(Args(num_envs=16, **least), 8)
     for name in least:
         with pytest.raises(SystemExit):
-            dreamerv3.check_args(Args(num_envs=16, **least | {name: least[name] - 1}))
+            dreamerv3.check_args(Args(num_envs=16, **least | {name: least[name] - 1}), 8)
 
 
 @pytest.mark.parametrize(
