@@ -542,7 +542,7 @@ def main(argv: list[str] | None = None) -> None:
             latents, metrics = update(batch)  # train_step
             replay.update_latents(index, **stored_latents(*latents))
             updates, owed = updates + 1, owed - 1
-            log.update(metrics)
+            log.window.append(metrics)  # on the device, until they are recorded
             if args.video_frequency and updates % args.video_frequency == 0 and not rank:
                 with suppress(OSError):  # a full disk is no reason to stop
                     write_dream(agent, batch, folder, log.writer, global_step, updates)
@@ -857,7 +857,7 @@ class Log:
     def __init__(self, folder, args, rank, all_envs, repeat, step: int, updates: int, seconds: float):
         self.args, self.all_envs, self.repeat, self.folder, self.returns = args, all_envs, repeat, folder, []
         self.begin, self.last = time.time() - seconds, (time.time(), step, updates)  # last: at the last record
-        self.names, self.window, self.updating = [], [], 0.0  # of the metrics; values and time of updates since
+        self.window, self.updating = [], 0.0  # since then: the metrics of every update, and the time of all
         wait = 0.5 if sys.stderr.isatty() else 20
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", mininterval=wait, disable=rank > 0)
         self.writer = SummaryWriter(folder if not rank else folder / f"rank{rank}")
@@ -873,15 +873,10 @@ class Log:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
-    def update(self, metrics: dict[str, Tensor]) -> None:
-        """Keep the metrics of an update, on the device, until they are recorded."""
-        self.names = [*metrics]
-        self.window.append(torch.stack([*metrics.values()]))  # (metrics,)
-
     def means(self, step: int) -> dict[str, float]:
         """Of the metrics since the last record. Stops the program when one of them is not finite."""
-        values = torch.stack(self.window).mean(0).tolist() if self.window else []
-        means = dict(zip(self.names, values, strict=True))
+        names = self.window[0] if self.window else {}
+        means = {name: torch.stack([metrics[name] for metrics in self.window]).mean().item() for name in names}
         for name, x in means.items():
             if not math.isfinite(x):
                 sys.exit(f"dreamerv3.py: {name} is not finite at step {step}; the last checkpoint is in {self.folder}")
@@ -904,7 +899,7 @@ class Log:
             charts = {"SPS": steps / seconds, "updates_per_second": done / seconds, "train_ratio": replayed / step}
             charts |= {"updates": updates, "frames": frames, "time_share_update": self.updating / seconds}
             self.record(step, self.means(step) | {f"charts/{name}": x for name, x in charts.items()})
-            self.names, self.window, self.updating, self.last = [], [], 0.0, (time.time(), step, updates)
+            self.window, self.updating, self.last = [], 0.0, (time.time(), step, updates)
 
 
 def track(args: Args, name: str) -> None:
@@ -1110,8 +1105,7 @@ def compiled(update):
 
 class Graph:
     """A function of GPU tensors, launched as one graph, since launching a kernel takes longer than most of them run.
-    The first call runs the function, which loads its kernels; the next captures the graph, for inputs of its shapes.
-    What a call returns is overwritten by the next one."""
+    The first call runs the function, which loads its kernels; the next captures the graph, for inputs of its shapes."""
 
     def __init__(self, function):
         self.function, self.graph, self.ran = function, None, False
@@ -1129,7 +1123,7 @@ class Graph:
                 fail(f"cannot capture a CUDA graph, add --no-cudagraphs: {error.__context__ or error}")
         tree_map(Tensor.copy_, self.inputs, inputs)
         self.graph.replay()
-        return self.outputs
+        return tree_map(torch.clone, self.outputs)  # copies: the next call overwrites the graph's own
 
 
 def join_ranks() -> tuple[int, int]:
