@@ -275,7 +275,7 @@ def lambda_return(last: Tensor, term: Tensor, reward: Tensor, boot: Tensor, disc
     """Lambda-returns of trajectories of length L: tensors (N, L) -> (N, L-1).
 
     R[t] = reward[t+1] + live[t+1] * ((1 - trace[t+1]) * boot[t+1] + trace[t+1] * R[t+1]), R[L-1] = boot[L-1], where
-    live = (1 - term) * disc is 0 at terminations; trace = (1 - last) * lam is 0, so R[t] bootstraps, at episode ends.
+    live = (1 - term) * disc is 0 at terminations; trace = (1 - last) * lam is 0, so that R bootstraps, at episode ends.
     """
     live = (1 - term.float()) * disc
     trace = (1 - last.float()) * lam
@@ -735,7 +735,7 @@ def exit_on_error(what: str, *kinds: type[Exception], abort=None):
         fail(f"{what}: {type(error).__name__}: {str(error)[:300] or missing}")
 
 
-def parse_args(argv: list[str] | None = None, world: int = 1) -> tuple[Args, dict]:
+def parse_args(argv: list[str] | None, world: int) -> tuple[Args, dict]:
     """Flags from the command line, checked; with --resume the stored ones, and the checkpoint, else {}."""
 
     def parse(default: Args) -> Args:
@@ -764,7 +764,7 @@ def parse_args(argv: list[str] | None = None, world: int = 1) -> tuple[Args, dic
     return args, state
 
 
-def check_args(args: Args, world: int = 1) -> None:
+def check_args(args: Args, world: int) -> None:
     """Exit with one line when a flag has an impossible value: it names the value, the limit and so the fix."""
     numbers = " ".join(name for name, value in asdict(args).items() if not isinstance(value, str))
     positive = "total_timesteps num_envs batch_size learning_rate train_ratio log_frequency imagination_horizon clip"

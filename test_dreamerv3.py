@@ -280,7 +280,7 @@ def test_captured_updates_are_the_updates(precision):
         batches[2]["reward"] += 1  # what a graph has to be told
         optimizer = dreamerv3.LaProp(agent.cuda().trained(), 1e-3, warmup=1)
         update = wrap(partial(dreamerv3.train_step, agent, optimizer, args=args))
-        results.append([tree_map(torch.clone, update(batch)) for batch in batches] + [agent.state_dict()])
+        results.append([update(batch) for batch in batches] + [agent.state_dict()])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
