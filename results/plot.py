@@ -1,7 +1,8 @@
 """Draw results/*.png, one figure per suite, from results/*.csv, and print the table of ranks: python results/plot.py
 
-Colored: one run each; dots are episodes, lines their mean over the last 20. Black: the official code's run of
-CartPole-v1, or the mean of the authors' five seeds; gray: each of these seeds (Atari: means over 20 episodes).
+Colored: one run each; dots are episodes, lines their mean over the last 20 (of 16 environments: over the last 16).
+Black: the official code's run of CartPole-v1, or the mean of the authors' five seeds; gray: each of these seeds (Atari:
+means over 20 episodes).
 """
 
 import math
@@ -12,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-TASKS = "finger-spin reacher-easy ball_in_cup-catch cartpole-balance walker-walk".split()
+TASKS = "reacher-easy walker-walk finger-spin ball_in_cup-catch cartpole-balance cheetah-run".split()
 SUITES = {  # figure -> what the names of its logs begin with, one plot each
     "parity": ["CartPole-v1__parity"],
     "demo": ["CartPole-v1__demo"],
@@ -28,9 +29,9 @@ def read(path: Path, *columns: int) -> np.ndarray:
     return np.loadtxt(path, delimiter=",", skiprows=1, usecols=columns, ndmin=2).T
 
 
-def running_mean(returns: np.ndarray) -> np.ndarray:
-    """Of the last 20 episodes, at every episode."""
-    return np.array([returns[max(0, j - 19) : j + 1].mean() for j in range(len(returns))])
+def running_mean(returns: np.ndarray, window: int = 20) -> np.ndarray:
+    """Of the last `window` episodes, at every episode."""
+    return np.array([returns[max(0, j + 1 - window) : j + 1].mean() for j in range(len(returns))])
 
 
 def authors_seeds(task: str) -> list[np.ndarray]:
@@ -85,7 +86,7 @@ def draw(folder: Path) -> None:
                 mean = np.mean([np.interp(steps, *curve) for curve in theirs], 0)
                 ax.plot(steps, mean, color="black", label="authors")
             for run, (frames, returns) in runs.items():
-                means = running_mean(returns)
+                means = running_mean(returns, 16 if "16envs" in run else 20)
                 ends = np.flatnonzero(np.diff(frames, append=math.inf))  # parallel environments end together
                 style = {"color": "black"} if run == "official" else {}
                 (line,) = ax.plot(frames[ends], means[ends], label=run, **style)
