@@ -32,7 +32,6 @@ start at `loss`, `train_step` and `main`. The second half holds everything else,
 import copy
 import ctypes
 import io
-import itertools
 import math
 import multiprocessing
 import os
@@ -465,7 +464,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with exit_on_error(f"--env-id {args.env_id} cannot be made", Exception):  # in a worker; else make_env exits itself
         envs = make_envs(args, videos and videos / f"train-{resumed.get('global_step', 0)}")
-    specs, action_spec, repeat = (envs.get_attr(name)[0] for name in ("specs", "action_spec", "repeat"))
+    specs, left_out, action_spec, repeat = (envs.get_attr(x)[0] for x in "specs left_out action_spec repeat".split())
     if args.track and not rank:
         track(args, run_name)
     replay = make_replay(args, specs, action_spec, folder, resumed, rank, world)
@@ -474,7 +473,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = {"agent": agent, "optimizer": optimizer, "replay": replay}
     # in a new run 0, 0, 0 and --learning-starts
     global_step, updates, owed, train_after = resume_run(args, resumed, parts, rank, all_envs, steps_per_update)
-    print(f"environment: {args.env_id}, {specs} -> {action_spec}")
+    print(f"environment: {args.env_id}, {specs} -> {action_spec}; left out: {', '.join(left_out) or 'nothing'}")
     print(f"size: {args.size}, {sum(p.numel() for p in agent.trained()):,} trained parameters")
     print(f"schedule: 1 update every {steps_per_update:g} agent steps, after the first {args.learning_starts:,}")
     print(f"run folder: {folder}", flush=True)
@@ -485,7 +484,8 @@ def main(argv: list[str] | None = None) -> None:
     act, update = partial(policy, agent), partial(train_step, agent, optimizer, args=args)
     if args.cudagraphs and device.type == "cuda" and world == 1:
         act, update = Graph(act), Graph(update)
-    update = compiled(update) if args.compile else update
+    if args.compile:
+        compile_functions(device)
     stop = Stop()  # from here on, Ctrl-C and SIGTERM end the run after the current step
     with exit_on_error("cannot write the run folder", OSError):
         log = Log(folder, args, rank, all_envs, repeat, global_step, updates, resumed.get("seconds", 0.0))
@@ -576,7 +576,6 @@ def main(argv: list[str] | None = None) -> None:
 # ############### Nothing below is needed to understand the algorithm: it is what a program needs besides. #############
 # === 9. Environments ==================================================================================================
 PACKAGES = {  # id prefix -> the module that registers these ids, how to install it
-    "ALE/": ("ale_py", 'pip install "gymnasium[atari,other]"'),
     "dm_control/": ("shimmy", 'pip install "shimmy[dm-control]" imageio "mujoco<4"'),
     "MinAtar/": ("minatar.gym", "pip install minatar"),
 }
@@ -709,8 +708,6 @@ def make_envs(args: Args, videos: Path | None) -> gym.vector.VectorEnv:
     makers = [partial(make, videos if i == 0 else None) for i in range(args.num_envs)]
     envs = gym.vector.SyncVectorEnv(makers) if args.num_envs == 1 else gym.vector.AsyncVectorEnv(makers)
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP, "see the time line at the top"
-    for key in envs.get_attr("left_out")[0]:
-        print(f"environment: there is nothing to learn from observation {key}, it is left out")
     return envs
 
 
@@ -1062,10 +1059,9 @@ def write_dream(agent: Agent, batch: dict, folder: Path, writer: SummaryWriter, 
         frames = [Image.fromarray(np.concatenate(x, 1)).quantize(method=2) for x in video.swapaxes(0, 1)]  # 2: fast
         frames[0].save(path.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=100, loop=0)
     if lines:
-        from matplotlib.figure import Figure  # here, because it takes half a second
-
         lines, length = lines[:: math.ceil(len(lines) / 8)], is_first.shape[1]  # at most 8 components, of all keys
-        figure = Figure((16, 1.5 * len(lines)), dpi=80, layout="constrained")
+        plots = import_module("matplotlib.figure")  # here, because it takes half a second
+        figure = plots.Figure((16, 1.5 * len(lines)), dpi=80, layout="constrained")
         begin = np.arange(len(is_first)) * (length + 1)  # the sequences are drawn side by side
         for ax, (name, x) in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
             ax.plot(F.pad(x, (0, 0, 0, 1), value=math.nan).flatten(0, 1), label=["true", "predicted"])  # NaN: a gap
@@ -1080,27 +1076,18 @@ COMPILED = [(networks.RSSM, "observe_step"), (networks.NormSiLU, "on_maps"), (ne
 COMPILED += [(sys.modules[__name__], x) for x in ("kl_losses", "recon_loss", "imagine_step", "actor_critic_loss")]
 
 
-def compiled(update):
-    """`update`, the first call of which compiles the functions that take most of its time, or falls back to eager mode.
+def compile_functions(device: torch.device) -> None:
+    """Have the functions that take most of an update's time compiled when they are first called, if a compiler works.
     torch's default mode is right on CUDA too: others make graphs of functions, `Graph` makes one of the update."""
+    print("compiling: the first update takes one or two minutes the first time, a few seconds later", flush=True)
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except Exception as error:  # compilers fail in many ways
+        print(f"cannot compile, going on in eager mode: {type(error).__name__}: {str(error)[:200]!r}", flush=True)
+        return
     torch._dynamo.config.cache_size_limit = 64  # shapes per function; beyond the limit it would be eager silently
     for owner, name in COMPILED:
         setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
-
-    def first(batch: dict):
-        print("first update: compiling, one or two minutes the first time and a few seconds later", flush=True)
-        start = time.time()
-        try:
-            return update(batch)
-        except Exception as error:  # compilers fail in many ways
-            torch.compiler.set_stance("force_eager")
-            print(f"cannot compile, going on in eager mode: {type(error).__name__}: {str(error)[:200]!r}", flush=True)
-            return update(batch)
-        finally:
-            print(f"first update: done after {time.time() - start:.0f} s", flush=True)
-
-    calls = itertools.chain([first], itertools.repeat(update))
-    return lambda batch: next(calls)(batch)
 
 
 class Graph:

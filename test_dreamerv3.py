@@ -295,14 +295,14 @@ def test_an_update_is_captured_once_or_the_program_ends(capsys, monkeypatch):
     assert "cannot capture a CUDA graph, add --no-cudagraphs: the cause" in capsys.readouterr().err
 
 
-def test_what_cannot_be_compiled_runs_as_it_is(capsys, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda *inputs: 1 / 0))
+@pytest.mark.parametrize("works", [True, False])
+def test_functions_are_compiled_if_a_compiler_works(works, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: graph if works else 1 / 0))
     monkeypatch.setattr(dreamerv3, "COMPILED", [(networks, "symlog")])
-    monkeypatch.setattr(networks, "symlog", networks.symlog)  # restored afterwards
-    function = dreamerv3.compiled(lambda x: -networks.symlog(x).sign())
-    assert [function(torch.ones(()) * i) for i in (0, 1, 1, 1)] == [0, -1, -1, -1]
-    torch.compiler.set_stance("default")
-    assert capsys.readouterr().out.count("cannot compile, going on in eager mode: ") == 1
+    monkeypatch.setattr(networks, "symlog", plain := networks.symlog)  # restored afterwards
+    dreamerv3.compile_functions(torch.device("cpu"))
+    assert networks.symlog(torch.zeros(())) == 0 and (networks.symlog is plain) != works
+    assert ("cannot compile, going on in eager mode: " in capsys.readouterr().out) != works
 
 
 # === the time line ====================================================================================================
@@ -806,9 +806,9 @@ def test_updates_made_up_after_a_kill_are_saved_on_the_way(program, monkeypatch)
     torch.save(saved(folder) | {"owed": 1200.0}, folder / "checkpoint.pt")
     latents = torch.zeros(4, 8, TINY.deter), torch.zeros(4, 8, TINY.groups, TINY.classes)
     update = Mock(side_effect=[(latents, {"losses/total": torch.tensor(x)}) for x in [1.0] * 599 + [math.nan] * 501])
-    monkeypatch.setattr(dreamerv3, "compiled", lambda plain: update)
+    monkeypatch.setattr(dreamerv3, "train_step", update)
     with pytest.raises(SystemExit, match="losses/total is not finite"):  # before the second of these checkpoints
-        dreamerv3.main(f"--resume {folder} --total-timesteps 70 --compile".split())
+        dreamerv3.main(f"--resume {folder} --total-timesteps 70 --no-cudagraphs".split())
     assert (saved(folder)["updates"], saved(folder)["owed"]) == (500, 1200.5 - 490)
 
 
@@ -1169,12 +1169,12 @@ def test_golden_forward(golden, argmax_sampling):
     golden.close("out/metrics/", **{name: metrics[f"behavior/{ours}"] for ours, name in names.items()})
 
 
-def test_golden_updates(golden, argmax_sampling, wrap=lambda update: update):
-    """Losses, gradients and all weights over the file's updates; wrap: what is done to the update function."""
+def test_golden_updates(golden, argmax_sampling):
+    """Losses, gradients and all weights over the file's updates."""
     agent, args, batch = golden.agent, golden.args, golden.batch()
     start = {name: p.detach().clone() for name, p in golden.names.items()}
     optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate, args.warmup_updates, args.clip)
-    update = wrap(partial(dreamerv3.train_step, agent, optimizer, args=args))
+    update = partial(dreamerv3.train_step, agent, optimizer, args=args)
     for step in range(1, golden.hyper["steps"] + 1):
         _, metrics = update(batch)
         for key, value in {"loss": metrics["losses/total"], "grad_norm": metrics["optim/grad_norm"]}.items():
@@ -1198,7 +1198,8 @@ def test_compiled_updates_equal_the_official_ones(golden, argmax_sampling, monke
         monkeypatch.setattr(dreamerv3, "COMPILED", [(dreamerv3, "imagine_step")])
     for owner, name in dreamerv3.COMPILED:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # restores the plain functions afterwards
-    test_golden_updates(golden, None, dreamerv3.compiled)
+    dreamerv3.compile_functions(torch.device("cpu"))
+    test_golden_updates(golden, None)
     assert "eager mode" not in capsys.readouterr().out
 
 
