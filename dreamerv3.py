@@ -1099,8 +1099,8 @@ class Graph:
 
     def __call__(self, *inputs):
         if not self.ran:
-            outputs, self.ran = self.function(*inputs), True  # a call that raises does not count
-            return outputs
+            self.ran = True
+            return self.function(*inputs)
         if self.graph is None:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             try:
