@@ -96,6 +96,7 @@ class Args:
     free_nats: float = 1.0  # KL below which neither KL loss has a gradient
     unimix: float = 0.01  # uniform probability mixed into the latent categoricals
     twohot: Literal["symexp", "symlog"] = "symexp"  # bins spaced by symexp, or evenly for symlog targets (preprint)
+    twohot_mean: Literal["rounded", "exact"] = "rounded"  # with the rounding of the official program, or without
     bins: int = 255  # V, bins of the reward and critic distributions, odd
     # Actor and critic
     imagination_horizon: int = 15  # H, imagined steps per start state
@@ -139,7 +140,7 @@ SIZES = {name: Size(d, hidden=d // 8, units=d // 8, classes=d // 128, depth=d //
 class Agent(nn.Module):
     """All networks: world model (encoder, rssm, decoder, reward, cont), actor, critic, slow critic, return range.
 
-    specs: observation key -> ObsSpec. size: an entry of SIZES. Of args, unimix, actor_unimix, bins and twohot are read.
+    specs: observation key -> ObsSpec. size: an entry of SIZES. Of args, unimix, actor_unimix, bins, twohot and twohot_mean are read.
     """
 
     def __init__(self, specs: dict[str, ObsSpec], action: ActionSpec, size: Size, args: Args):
@@ -154,7 +155,7 @@ class Agent(nn.Module):
         self.actor = Actor(width, size.units, action, args.actor_unimix)
         self.critic = head(width, size.units, layers=3, outputs=args.bins, outscale=0.0)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.twohot = TwoHot(args.bins, args.twohot)
+        self.twohot = TwoHot(args.bins, args.twohot, args.twohot_mean)
         self.return_norm = ReturnNorm()
 
     def trained(self) -> list[nn.Parameter]:
@@ -945,7 +946,7 @@ def load_checkpoint(path: Path, needed: str = "optimizer") -> tuple[Args, dict]:
     for file in filter(Path.is_file, dict.fromkeys([path, newest, folder / "checkpoint_previous.pt"])):
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)  # a stranger's file cannot run code
-            args, _ = Args(**state["args"]), state[needed]
+            args, _ = Args(**{"twohot_mean": "exact"} | state["args"]), state[needed]  # exact: runs older than the flag
         except Exception as error:  # truncated, corrupt or foreign: torch raises many kinds
             problems.append(f"{file} is unreadable ({type(error).__name__})")
             continue

@@ -91,11 +91,11 @@ def test_symlog_and_symexp_values():
 
 @pytest.mark.parametrize("space", ["symexp", "symlog"])
 def test_twohot_bins_are_symmetric_and_predict_exactly_zero_at_first(space):
-    twohot, even = networks.TwoHot(space=space), torch.linspace(-20, 20, 255)
+    twohot, even = networks.TwoHot(space=space, mean="exact"), torch.linspace(-20, 20, 255)
     assert twohot.bins[127] == 0 and torch.equal(twohot.bins, -twohot.bins.flip(0))
     torch.testing.assert_close(twohot.bins, networks.symexp(even) if space == "symexp" else even, rtol=1e-4, atol=1e-6)
     assert (twohot.mean(torch.full((7, 255), 0.37)) == 0).all()
-    agent = Agent({"vector": ObsSpec((5,))}, THREE, TINY, Args(twohot=space, bins=31))
+    agent = Agent({"vector": ObsSpec((5,))}, THREE, TINY, Args(twohot=space, twohot_mean="exact", bins=31))
     for head in (agent.reward, agent.critic, agent.slow_critic):  # outscale 0
         logits = head(torch.randn(9, 48))
         assert logits.shape == (9, 31) and (agent.twohot.mean(logits) == 0).all()
