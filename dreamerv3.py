@@ -40,20 +40,25 @@ half holds everything else, from environments to checkpoints.
 import argparse
 import copy
 import ctypes
+import json
 import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
+import threading
 import time
+import warnings
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import cv2
@@ -63,7 +68,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -114,6 +121,8 @@ class Args:
     # Environment
     env_id: str = "ALE/Pong-v5"
     """any Gymnasium id; module:Id imports the module first"""
+    env_kwargs: str = "{}"
+    """keyword arguments of its constructor, as JSON: '{"continuous": true}'"""
     total_timesteps: int = 400_000
     """agent steps of the run, over all environments of all processes"""
     num_envs: int = 1
@@ -208,9 +217,8 @@ class Args:
     """whole episodes of one evaluation"""
     eval_frequency: int = 0
     """agent steps between two evaluations during training; 0 means never"""
-
-    def __post_init__(self):
-        check_args(self)
+    eval_action: Literal["sample", "mode"] = "sample"
+    """how evaluations act: as in training, or by the most probable action"""
 
 
 def model_size(deter: int) -> Size:
@@ -295,16 +303,19 @@ def decode_action(action: Tensor, spec: ActionSpec) -> Tensor:
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # never compiled: its batches are small
-def policy(agent: Agent, obs: dict, state: tuple, is_first: Tensor) -> tuple[Tensor, tuple]:
+def policy(
+    agent: Agent, obs: dict, state: tuple, is_first: Tensor, mode: bool = False
+) -> tuple[Tensor, tuple]:
     """Act in N environments, in float32: obs key -> (N, …), is_first (N,), state (deter, stoch,
     action) of the step before, the first being `agent.rssm.initial(N)` -> the sampled action (N, A)
-    and a new state."""
+    (mode: the most probable one) and a new state."""
     deter, stoch, action = state
     embed = agent.encoder(obs)
     u = torch.rand(*stoch.shape[:2], device=stoch.device)  # (N, S), samples z
     deter, stoch, _ = agent.rssm.observe_step(deter, stoch, action, embed, is_first, u)
+    pi = agent.actor(get_feat(deter, stoch))
     noise = agent.actor.noise(len(deter))
-    action = agent.actor(get_feat(deter, stoch)).sample(noise)  # (N, A)
+    action = pi.mode() if mode else pi.sample(noise)  # (N, A)
     return action, (deter, stoch, action)
 
 
@@ -705,38 +716,33 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
 def main(args: Args) -> None:
     """Train: act, store, step, learn, log and save, evaluate."""
     device = set_up_torch(args)
-    run = Run(args)  # folder, counters, checkpoints, signals
+    # when the block ends, also by an exception or a signal, a checkpoint is saved
+    with Run(args) as run, make_envs(args, run) as envs, Log(args, run) as log:
+        # agent, optimizer, replay buffer
+        specs = envs.get_attr("specs")[0]
+        action_spec = envs.get_attr("action_spec")[0]
+        agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
+        optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates)
+        replay = make_replay(args, agent, run)
+        run.begin(agent, optimizer, replay)
 
-    # environments
-    envs = make_envs(args, run.videos(f"train-{run.step}"))
-    specs = envs.get_attr("specs")[0]
-    action_spec = envs.get_attr("action_spec")[0]
+        # how an action and an update are computed
+        model = DistributedDataParallel(agent) if dist.is_initialized() else agent
+        act = partial(policy, agent)
+        update = partial(train_step, model, optimizer, args=args)
+        if args.cudagraphs and device.type == "cuda" and model is agent:
+            act = Graph(act)
+            update = Graph(update)
 
-    # agent, optimizer, replay buffer
-    agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
-    optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates)
-    replay = make_replay(args, specs, action_spec, run)
-    run.restore(agent, optimizer, replay)
-    log = Log(args, run)
-
-    # how an action and an update are computed
-    model = DistributedDataParallel(agent) if dist.is_initialized() else agent
-    act = partial(policy, agent)
-    update = partial(train_step, model, optimizer, args=args)
-    if args.cudagraphs and device.type == "cuda" and model is agent:
-        act = Graph(act)
-        update = Graph(update)
-
-    replayed = args.batch_size * args.batch_length * run.num_processes  # steps per update
-    steps_per_update = replayed / args.train_ratio  # agent steps
-    print(f"schedule: 1 update every {steps_per_update:g} agent steps", flush=True)
-    obs, _ = envs.reset(seed=run.seed)
-    reward = np.zeros(args.num_envs, np.float32)
-    terminated = np.zeros(args.num_envs, bool)
-    truncated = np.zeros(args.num_envs, bool)
-    is_first = np.ones(args.num_envs, bool)
-    state = agent.rssm.initial(args.num_envs)
-    with run, log:  # at the end, also when an environment fails, saves a checkpoint
+        replayed = args.batch_size * args.batch_length * run.num_processes  # steps per update
+        steps_per_update = replayed / args.train_ratio  # agent steps
+        print(f"schedule: 1 update every {steps_per_update:g} agent steps", flush=True)
+        obs, _ = envs.reset(seed=run.seed)
+        reward = np.zeros(args.num_envs, np.float32)
+        terminated = np.zeros(args.num_envs, bool)
+        truncated = np.zeros(args.num_envs, bool)
+        is_first = np.ones(args.num_envs, bool)
+        state = agent.rssm.initial(args.num_envs)
         while run.step < args.total_timesteps and not run.stopped:
             # act on what arrived
             inputs = {key: torch.as_tensor(x).to(device) for key, x in obs.items()}
@@ -776,78 +782,184 @@ def main(args: Args) -> None:
                 run.save()
             if run.due(args.eval_frequency):
                 log.evaluate(agent)
-    envs.close()
 
 
 # ######## Nothing below is needed to understand the algorithm ####################################
 # === 9. Environments ==============================================================================
 REGISTERED_BY = {"dm_control": "shimmy", "MinAtar": "minatar.gym"}  # id prefix -> module
+INSTALL = {
+    "dm_control": 'pip install "shimmy[dm-control]" imageio "mujoco<4"',
+    "MinAtar": "pip install minatar",
+}
+OLD_GYM = (
+    "in Gymnasium reset returns (observation, info) and step (observation, reward, terminated, "
+    "truncated, info); examples/crafter_env.py translates an environment of the old Gym"
+)
+
+
+def find_spec(env_id: str) -> EnvSpec:
+    """Gymnasium's spec of an id, whose packages are imported first. Raises what that raises."""
+    prefix = env_id.split("/")[0]
+    try:
+        with warnings.catch_warnings():  # shimmy switches all DeprecationWarnings on
+            module = import_module(REGISTERED_BY.get(prefix, "ale_py"))
+        if hasattr(module, "register_envs"):
+            module.register_envs()
+        return gym.spec(env_id)
+    except Exception as error:
+        if prefix in INSTALL and "Did you mean" not in str(error):
+            raise UserError(f"{error}; try: {INSTALL[prefix]}") from error
+        raise
+
+
+def is_atari(spec: EnvSpec, env_kwargs: dict) -> bool:
+    """Whether an id is ale_py's own environment, unwrapped, and shows its screen."""
+    from ale_py.env import AtariEnv
+
+    creator = spec.entry_point
+    if isinstance(creator, str):
+        creator = load_env_creator(creator)
+    options = {**spec.kwargs, **env_kwargs}
+    shows_ram = options.get("obs_type") == "ram"
+    return creator is AtariEnv and not spec.additional_wrappers and not shows_ram
 
 
 def make_env(
-    env_id: str,
+    env_id: str | EnvSpec,
     image_size: int = 64,
     action_repeat: int = 0,
+    env_kwargs: dict | None = None,
     videos: Path | None = None,
-    **record,
+    every_episode: bool = False,
 ) -> "Adapter":
-    """One environment as an Adapter, with episode statistics.
+    """One environment as an Adapter.
 
-    videos: a folder for RecordVideo, record: its options. Atari ids get frame skip 4 or
-    action_repeat with max-pooling, RGB images and up to 30 no-ops after a reset; no reward
-    clipping, no end at lost lives, stickiness as the id says. Raises what importing, registering
-    and constructing raise, and ValueError for spaces that are not supported.
+    env_kwargs go to its constructor. videos: a folder to record into, every episode or
+    Gymnasium's schedule (0, 1, 8, 27, ...). Atari ids get frame skip 4 or action_repeat with
+    max-pooling, RGB images and up to 30 no-ops after a reset; no reward clipping, no end at lost
+    lives, stickiness as the id says. Raises what importing, registering and constructing raise,
+    and ValueError for spaces that are not supported.
     """
     if multiprocessing.parent_process():
-        os.setpgid(0, 0)  # Ctrl-C signals a process group: the training process decides
-    module = import_module(REGISTERED_BY.get(env_id.split("/")[0], "ale_py"))
-    if hasattr(module, "register_envs"):
-        module.register_envs()
+        become_worker()
+    env_kwargs = dict(env_kwargs or {})
+    with foreign_code():
+        spec = env_id if isinstance(env_id, EnvSpec) else find_spec(env_id)
+        repeat = action_repeat or 1
+        atari = is_atari(spec, env_kwargs)
+        if atari:
+            repeat = action_repeat or 4
+            env_kwargs["frameskip"] = 1
+        make = partial(gym.make, spec, disable_env_checker=True, **env_kwargs)
+        if videos:
+            try:
+                env = Frames(make(render_mode="rgb_array"))
+            except Exception as error:
+                print(f"warning: no videos, {type(error).__name__}: {error}", flush=True)
+                videos = None
+        if not videos:
+            env = make()
 
-    make = partial(gym.make, env_id, disable_env_checker=True)
-    if videos:
-        make = partial(make, render_mode="rgb_array")
-    env = make()
-    repeat = action_repeat or 1
-    if hasattr(env.unwrapped, "ale") and len(env.observation_space.shape) > 1:
-        repeat = action_repeat or 4  # Atari, unless it shows its RAM
-        env = gym.wrappers.AtariPreprocessing(
-            make(frameskip=1),
-            noop_max=30,
-            frame_skip=repeat,
-            screen_size=image_size,
-            grayscale_obs=False,
-        )
-    elif repeat > 1:
-        env = gym.wrappers.RepeatAction(env, repeat)
-    if videos:
-        fps = max(1, env.metadata.get("render_fps", 30) // repeat)  # a frame per agent step
-        env = gym.wrappers.RecordVideo(env, str(videos), fps=fps, **record)
-    env = gym.wrappers.RecordEpisodeStatistics(env)
-    return Adapter(env, image_size, repeat)
+        env = gym.wrappers.TransformReward(env, scalar_reward)
+        if atari:
+            env = gym.wrappers.AtariPreprocessing(
+                env,
+                noop_max=30,
+                frame_skip=repeat,
+                screen_size=image_size,
+                grayscale_obs=False,
+            )
+        elif repeat > 1:
+            env = gym.wrappers.RepeatAction(env, repeat)
+        if videos:
+            env = Recorder(env, videos, repeat, every_episode)
+        return Adapter(env, image_size, repeat)
 
 
-def make_envs(args: Args, videos: Path | None) -> gym.vector.VectorEnv:
+@contextmanager
+def make_envs(args: Args, run: "Run"):
     """The environments of a training process, each in a worker process when there are several;
-    videos: of the first. Resolves args.action_repeat."""
+    the first one records videos. Resolves args.action_repeat. Closes them at the end."""
     if args.env_id.startswith("dm_control/") and not args.capture_video:
         os.environ.setdefault("MUJOCO_GL", "disabled")  # state observations need no renderer
-    make = partial(make_env, args.env_id, args.image_size, args.action_repeat)
-    makers = [partial(make, videos)] + [make] * (args.num_envs - 1)
-    with blame(f"--env-id {args.env_id} cannot be made"):
+    with blame(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs} cannot be made"):
+        # workers get the spec: a user's script may have registered the id
+        spec = find_spec(args.env_id)
+        kwargs = json.loads(args.env_kwargs)
+        make = partial(make_env, spec, args.image_size, args.action_repeat, kwargs)
+        makers = [partial(make, run.videos(f"train-{run.step}"))] + [make] * (args.num_envs - 1)
         if args.num_envs == 1:
             envs = gym.vector.SyncVectorEnv(makers)
         else:
-            envs = gym.vector.AsyncVectorEnv(makers)
+            envs = start_workers(makers)
     mode = envs.metadata["autoreset_mode"]
     assert mode == gym.vector.AutoresetMode.NEXT_STEP, "see the time line at the top"
 
     args.action_repeat = envs.get_attr("repeat")[0]
     specs = envs.get_attr("specs")[0]
     action = envs.get_attr("action_spec")[0]
-    left_out = ", ".join(envs.get_attr("left_out")[0]) or "nothing"
-    print(f"environment: {args.env_id}, {specs} -> {action}; left out: {left_out}")
-    return envs
+    print(f"environment: {args.env_id}, {specs} -> {action}")
+    for note in envs.get_attr("notes")[0]:
+        print(f"note: {note}")
+    try:
+        yield envs
+    finally:
+        with suppress(Exception):  # what has failed once may fail again
+            envs.close(timeout=10)
+
+
+def start_workers(makers: list) -> gym.vector.AsyncVectorEnv:
+    """One process for each environment. They are forked from a server that has imported the large
+    packages and has no threads: an environment that computes with torch or JAX survives that."""
+    method = "spawn"
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        method = "forkserver"
+        multiprocessing.get_context(method).set_forkserver_preload(
+            ["torch.utils.tensorboard", "tyro", "cv2", "gymnasium.wrappers", "ale_py"]
+        )
+    # workers need not run the user's script again: cloudpickle sends what is defined there
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        return gym.vector.AsyncVectorEnv(makers, context=method)
+    finally:
+        sys.modules["__main__"] = script
+
+
+def become_worker() -> None:
+    """Let Ctrl-C, which signals a process group, reach the training process alone; end with it."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def foreign_code():
+    """Around code that is not ours: what it does to torch's random state is undone, and in a worker
+    its exceptions become ones that can be sent to the training process."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    except Exception as error:
+        if isinstance(error, ValueError) and "values to unpack" in str(error):
+            raise ValueError(f"{error} ({OLD_GYM})") from error
+        if multiprocessing.parent_process():
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        raise
+
+
+def scalar_reward(reward) -> float:
+    """A reward of one element, of whatever shape and type, as a float."""
+    reward = np.asarray(reward)
+    if reward.size != 1 or not np.isfinite(reward.astype(np.float32)).all():
+        raise ValueError(f"reward {reward} is not a finite number")
+    return float(reward.item())
 
 
 def leaves(space: gym.Space, path: tuple = ()) -> list[tuple]:
@@ -885,6 +997,18 @@ def obs_spec(space: gym.Space, image_size: int) -> ObsSpec | None:
     return ObsSpec((math.prod(space.shape),))
 
 
+NOT_AN_IMAGE = (
+    "taken as a vector of numbers. An image is uint8 (height, width, channels): "
+    "gymnasium.wrappers.ReshapeObservation adds a channel axis, TransformObservation moves axes or "
+    "scales floats to 0..255"
+)
+
+
+def looks_like_image(space: gym.Space) -> bool:
+    """Whether two of its axes are as long as those of images."""
+    return isinstance(space, spaces.Box) and sum(n >= 16 for n in space.shape) >= 2
+
+
 def array_space(spec: ObsSpec) -> spaces.Box:
     """The space of the arrays that an Adapter returns for a key."""
     if spec.is_image:
@@ -913,6 +1037,55 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.dstack(parts)
 
 
+class Frames(gym.Wrapper):
+    """What `render` returns, as RGB frames of one size that a video can be made of: at most 320
+    wide and high, both even. One that cannot be taken repeats the last one."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.last = None
+
+    def render(self) -> np.ndarray:
+        try:
+            frame = np.asarray(self.env.render())
+            if frame.ndim == 2:
+                frame = frame[..., None]
+            frame = np.broadcast_to(frame[..., :3], (*frame.shape[:2], 3)).astype(np.uint8)
+            height, width = frame.shape[:2] if self.last is None else self.last.shape[:2]
+            shrink = min(1.0, 320 / max(height, width))
+            height = 2 * max(1, round(height * shrink / 2))
+            width = 2 * max(1, round(width * shrink / 2))
+            self.last = resize(np.ascontiguousarray(frame), height, width)
+        except Exception as error:
+            if self.last is None:
+                self.last = np.zeros((64, 64, 3), np.uint8)
+                print(f"warning: a frame cannot be recorded, {error}", flush=True)
+        return self.last
+
+
+class Recorder(gym.wrappers.RecordVideo):
+    """Gymnasium's RecordVideo, one video an episode, of at most 3,000 frames. A video that cannot
+    be written costs a warning, not the run."""
+
+    def __init__(self, env: gym.Env, folder: Path, repeat: int, every_episode: bool):
+        schedule = (lambda episode: True) if every_episode else None
+        fps = max(1, round((env.metadata.get("render_fps") or 30) / repeat))
+        super().__init__(env, str(folder), schedule, video_length=3000, fps=fps)
+
+    def reset(self, **options):
+        if self.recording:
+            self.stop_recording()
+        return super().reset(**options)
+
+    def stop_recording(self) -> None:
+        try:
+            super().stop_recording()
+        except Exception as error:  # of moviepy, ffmpeg, a full disk
+            print(f"warning: a video cannot be written, {error}", flush=True)
+            self.recorded_frames = []
+            self.recording = False
+
+
 class Adapter(gym.Wrapper):
     """Any supported environment as flat arrays. Raises ValueError for spaces and values that are
     not supported.
@@ -920,23 +1093,30 @@ class Adapter(gym.Wrapper):
     Observations become one dict, nested keys joined by "/" (a space without keys is "obs"): images
     uint8 (image_size, image_size, C), discrete spaces int32 class indices, everything else float32
     (n,). Actions come as class indices (components,), or as real numbers (A,) that are clipped to
-    [-1, 1] and rescaled to the bounds of the space.
+    [-1, 1] and rescaled to the bounds of the space. The info of a last step holds the episode's
+    undiscounted return and its length in agent steps.
     """
 
     def __init__(self, env: gym.Env, image_size: int, repeat: int = 1):
         super().__init__(env)
         self.repeat = repeat
+        self.episode_return = 0.0
+        self.episode_length = 0
         self.specs = {}
         self.leaves = {}
-        self.left_out = []
+        self.notes = []  # for the user
         for path, space in leaves(env.observation_space):
             key = "/".join(map(str, path)) or "obs"
             spec = obs_spec(space, image_size)
             if spec is None:
-                self.left_out.append(f"{key} ({type(space).__name__})")
-            else:
-                self.specs[key] = spec
-                self.leaves[key] = (path, space)
+                self.notes.append(f"observation '{key}' ({type(space).__name__}) is left out")
+                continue
+            if key in self.specs:
+                raise ValueError(f"two observations would be called '{key}'; rename one")
+            if looks_like_image(space) and not spec.is_image:
+                self.notes.append(f"observation '{key}' {space}: {NOT_AN_IMAGE}")
+            self.specs[key] = spec
+            self.leaves[key] = (path, space)
         if not self.specs:
             kinds = "Box, Discrete, MultiDiscrete or MultiBinary"
             raise ValueError(f"no {kinds} space in {env.observation_space}")
@@ -958,16 +1138,26 @@ class Adapter(gym.Wrapper):
             raise ValueError(f"action space {space}; supported are {kinds}")
 
     def reset(self, **options):
-        """As Gymnasium's, but without info: that of several environments may not join."""
-        obs, _ = self.env.reset(**options)
-        return self.observation(obs), {}
+        """As Gymnasium's, but without info."""
+        with foreign_code():
+            result = self.env.reset(**options)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ValueError(OLD_GYM)
+        self.episode_return = 0.0
+        self.episode_length = 0
+        return self.observation(result[0]), {}
 
     def step(self, action: np.ndarray):
-        """As Gymnasium's, for an action (components,) or (A,). Of info only "episode" is kept."""
-        obs, reward, terminated, truncated, info = self.env.step(self.inner_action(action))
-        if np.ndim(reward) or not np.isfinite(np.float32(reward)):
-            raise ValueError(f"reward {reward} is not a finite number")
-        info = {key: info[key] for key in info if key == "episode"}
+        """As Gymnasium's, for an action (components,) or (A,)."""
+        with foreign_code():
+            result = self.env.step(self.inner_action(action))
+        obs, reward, terminated, truncated, _ = result
+        self.episode_return += reward
+        self.episode_length += 1
+        info = {}
+        if terminated or truncated:
+            info["episode_return"] = self.episode_return
+            info["episode_length"] = self.episode_length
         return self.observation(obs), reward, terminated, truncated, info
 
     def inner_action(self, action: np.ndarray):
@@ -1026,6 +1216,8 @@ def blame(what: str):
     """An exception inside becomes a UserError that begins with `what`."""
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
     except Exception as error:
         raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
@@ -1053,21 +1245,32 @@ def parse_args(argv: list[str] | None) -> Args:
     if resume:
         with blame(f"--resume {resume}"):
             default = Args(**load_checkpoint(resume)["args"])
-    return tyro.cli(Args, args=argv, default=default, description=__doc__.split("\n\n")[0])
+    description = __doc__.split("\n\n")[0]
+    args, unknown = tyro.cli(
+        Args, args=argv, default=default, description=description, return_unknown_args=True
+    )
+    if unknown:
+        raise UserError(f"unknown flag {' '.join(unknown)}; --help lists all flags")
+    return args
 
 
 def check_args(args: Args) -> None:
-    """Raise ValueError when a flag has an impossible value."""
-    row = args.batch_length * args.num_envs
+    """Raise UserError when a flag has an impossible value."""
+    num_processes = dist.get_world_size() if dist.is_initialized() else 1
+    num_envs = args.num_envs * num_processes
+    first = args.batch_length * num_envs
+    total = (args.batch_length + 1) * num_envs
     batch = args.batch_length * args.batch_size
+    row = (args.batch_length + 1) * args.num_envs
+    buffer = max(row, batch)
     rules = [
         ("num_envs", args.num_envs > 0, "positive"),
         ("batch_size", args.batch_size > 0, "positive"),
         ("batch_length", args.batch_length > 1, "at least 2"),
-        ("total_timesteps", args.total_timesteps > row, f"more than {row}"),
+        ("total_timesteps", args.total_timesteps >= total, f"at least {total}, a sequence and one"),
         ("unimix", args.unimix < 1, "below 1"),
         ("actor_unimix", args.actor_unimix < 1, "below 1"),
-        ("bins", args.bins >= 3 and args.bins % 2 == 1, "odd and at least 3"),
+        ("bins", args.bins >= 3 and args.bins % 2 == 1, "odd, so that one is 0, and at least 3"),
         ("imagination_horizon", args.imagination_horizon > 0, "positive"),
         ("gamma", args.gamma < 1, "below 1"),
         ("return_lambda", args.return_lambda <= 1, "at most 1"),
@@ -1075,37 +1278,51 @@ def check_args(args: Args) -> None:
         ("learning_rate", args.learning_rate > 0, "positive"),
         ("clip", args.clip > 0, "positive"),
         ("train_ratio", args.train_ratio > 0, "positive"),
-        ("learning_starts", args.learning_starts >= row, f"at least {row}"),
+        ("learning_starts", args.learning_starts >= first, f"at least {first}, a sequence each"),
         ("learning_starts", args.learning_starts <= args.total_timesteps, "at most the total"),
-        ("buffer_size", args.buffer_size >= max(row + 1, batch), f"at least {max(row + 1, batch)}"),
+        ("buffer_size", args.buffer_size >= buffer, f"at least {buffer}"),
         ("image_size", args.image_size in range(48, 257, 16), "a multiple of 16 from 48 to 256"),
         ("log_frequency", args.log_frequency > 0, "positive"),
         ("eval_episodes", args.eval_episodes > 0, "positive"),
-        ("eval_only", not args.eval_only or args.resume != "", "used with --resume"),
+        ("eval_only", args.resume or not args.eval_only, "used with --resume"),
         ("seed", args.seed < 2**32, "below 2^32"),
+        ("env_kwargs", is_json_object(args.env_kwargs), "a JSON object, like '{\"key\": 1}'"),
     ]
     for name, value in asdict(args).items():
         if not isinstance(value, str):
-            rules.append((name, 0 <= value < math.inf, "at least 0"))
+            rules.append((name, 0 <= value < math.inf, "a number, at least 0"))
     for name, good, limit in rules:
         if not good:
             flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(args, name)} must be {limit}")
+            raise UserError(f"--{flag} {getattr(args, name)} must be {limit}")
+
+
+def is_json_object(text: str) -> bool:
+    """Whether a text is a JSON object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except json.JSONDecodeError:
+        return False
 
 
 def set_up_torch(args: Args) -> torch.device:
-    """Join the processes of torchrun, choose the device, which it prints, resolve the `auto` flags
-    for it, set torch's switches and all seeds."""
+    """Join the processes of torchrun, check the flags, choose the device, which it prints, resolve
+    the `auto` flags for it, set torch's switches and all seeds."""
     cuda = args.cuda and torch.cuda.is_available()
     rank = 0
     if dist.is_torchelastic_launched():
         if cuda:
+            gpus = torch.cuda.device_count()
+            processes = int(os.environ["LOCAL_WORLD_SIZE"])
+            if processes > gpus:
+                raise UserError(f"--nproc-per-node {processes} is more than the {gpus} GPUs here")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # evaluations are long
         rank = dist.get_rank()
         if rank > 0:
             sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+    check_args(args)
 
     if cuda:
         device = torch.device("cuda")
@@ -1165,9 +1382,10 @@ def use_compiler(wanted: bool, device: torch.device) -> None:
 class Run:
     """One training run: its folder, counters and checkpoints, and the signals that stop it.
 
-    `with run:` saves a checkpoint at the end, also when an exception ends the block, unless the
-    weights are not finite. Under torchrun the first process writes for all, and a signal or a
-    failure ends the run at its last checkpoint.
+    `with Run(args) as run:` locks the folder. At the end, also when an exception ends the block, it
+    saves a checkpoint, unless the weights are not finite. Raises UserError when the folder cannot
+    be read or another process trains there. Under torchrun the first process writes for all, and a
+    signal or a failure ends the run at its last checkpoint.
     """
 
     def __init__(self, args: Args):
@@ -1180,72 +1398,84 @@ class Run:
         self.updates = 0
         self.trained = args.learning_starts  # the agent step that updates have reached
         self.stopped = 0  # number of the signal that is to end the run
+        self.agent = None  # until `begin`
         self.state = None  # the checkpoint to go on from
-        seconds = 0.0  # of training before this program began
+        self.handlers = {}  # of signals, to be restored
+        self.folder = run_folder(args)
+        self.video_folder = Path("videos", run_name(self.folder, args)).resolve()
 
-        if args.resume:
-            self.folder = run_folder(args.resume)
-            with blame(f"--resume {args.resume}"):
-                self.state = load_checkpoint(args.resume)
+    def __enter__(self) -> "Run":
+        seconds = 0.0  # of training before this program began
+        if self.writes:
+            self.lock = lock_folder(self.folder, self.args)
+        if self.args.resume:
+            with blame(f"--resume {self.args.resume}"):
+                self.state = load_checkpoint(self.args.resume)
                 self.step = self.state["step"]
                 self.updates = self.state["updates"]
                 self.trained = self.state["trained"]
                 seconds = self.state["seconds"]
-        else:
-            name = [f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"]
-            if dist.is_initialized():
-                dist.broadcast_object_list(name)  # one folder for all
-            self.folder = Path("runs", name[0])
-        self.name = run_name(self.folder, args)
-        self.seed = args.seed + 1000 * self.rank + self.step  # of the environments
-        self.begin = time.time() - seconds
+        self.began = time.time() - seconds
+        self.seed = self.args.seed + 1000 * self.rank + self.step  # of the environments
+        if self.num_processes == 1 and threading.current_thread() is threading.main_thread():
+            self.catch_signals()
+        return self
 
-    def videos(self, kind: str) -> Path | None:
-        """The folder for videos of a kind, None when there are to be none."""
-        if self.args.capture_video and self.writes:
-            return Path("videos", self.name, kind)
-        return None
+    def catch_signals(self) -> None:
+        """Ctrl-C, SIGTERM and a closed terminal end the run after this step."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: not on Windows
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self.stop)
 
-    def due(self, frequency: int) -> bool:
-        """Whether this step is the first after a multiple of `frequency` steps; 0: never."""
-        return frequency > 0 and self.step % frequency < self.all_envs
+    def stop(self, number: int, frame) -> None:
+        """The first signal ends the run after this step; the same one again ends the program."""
+        self.stopped = number
+        signal.signal(number, signal.SIG_DFL)
+        try:
+            print("\nstopping after this step, then saving; once more to exit at once", flush=True)
+        except OSError:  # the same Ctrl-C has ended `| tee`: from now on, write nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
 
-    def restore(self, agent: Agent, optimizer: LaProp, replay: Replay) -> None:
+    def begin(self, agent: Agent, optimizer: LaProp, replay: Replay) -> None:
         """Take the parts of the run; after --resume, set them to what the checkpoint holds."""
-        self.agent = agent
         self.optimizer = optimizer
         self.replay = replay
         if self.state:
             with blame(f"--resume {self.args.resume} does not fit"):
-                self.load(self.state)
+                self.load(agent, self.state)
             self.state = None  # free its memory
+        self.agent = agent
         parameters = sum(p.numel() for p in agent.trained())
         print(f"size: {self.args.size}, {parameters:,} trained parameters")
         print(f"run folder: {self.folder}", flush=True)
 
-    def load(self, state: dict) -> None:
+    def load(self, agent: Agent, state: dict) -> None:
         """Weights, optimizer, replay and random state of a checkpoint."""
-        self.agent.load_state_dict(state["agent"])
+        agent.load_state_dict(state["agent"])
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = state["optimizer"]["state"]  # its hyperparameters come from the flags
         self.optimizer.load_state_dict(optimizer)
         if self.num_processes == 1:
             torch.set_rng_state(state["torch_rng"])
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+        else:
+            torch.manual_seed(self.seed)
         if self.writes:
             self.replay.load_state_dict(state["replay"])  # the other processes draw anew
 
-        stored = self.replay.now * self.all_envs
-        missing = self.args.learning_starts - stored
         print(
             f"resumed at step {self.step:,} after {self.updates:,} updates, "
             f"{len(self.replay):,} steps in the replay buffer"
         )
+        stored = self.replay.now * self.all_envs
+        if stored > self.step:
+            print(f"{stored - self.step:,} steps were stored after the checkpoint; they are kept")
+        missing = self.args.learning_starts - stored
         if missing > 0:  # it was not kept
             print(f"collecting {missing:,} steps before the next update")
             self.trained = self.step + missing
-        if stored > self.step:
-            print(f"{stored - self.step:,} of them were stored after the checkpoint")
 
     def save(self) -> None:
         """Write checkpoint.pt, and with --save-model model.pt. Raises FloatingPointError, and
@@ -1255,9 +1485,14 @@ class Run:
         if not self.writes:
             return
         self.replay.flush()
-        state = {
+        model = {
             "args": asdict(self.args),
+            "specs": {key: tuple(spec) for key, spec in self.agent.specs.items()},
+            "action": tuple(self.agent.action),
             "agent": self.agent.state_dict(),
+        }
+        state = {
+            **model,
             "optimizer": self.optimizer.state_dict(),
             "replay": self.replay.state_dict(),
             "torch_rng": torch.get_rng_state(),
@@ -1265,32 +1500,31 @@ class Run:
             "step": self.step,
             "updates": self.updates,
             "trained": self.trained,
-            "seconds": time.time() - self.begin,
+            "seconds": time.time() - self.began,
         }
         save_atomically(state, self.folder / "checkpoint.pt")
         if self.args.save_model:
-            model = {"args": state["args"], "agent": state["agent"]}
             save_atomically(model, self.folder / "model.pt")
 
-    def stop(self, number: int, frame) -> None:
-        """A signal ends the run after this step; the same one again ends the program at once."""
-        self.stopped = number
-        signal.signal(number, signal.SIG_DFL)
-        try:
-            print("\nstopping after this step, then saving; once more to exit at once", flush=True)
-        except OSError:  # the same Ctrl-C has ended `| tee`: from now on, write nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(1, 2)
+    def videos(self, kind: str) -> Path | None:
+        """The folder for videos of a kind, None when there are to be none."""
+        return self.video_folder / kind if self.args.capture_video and self.writes else None
 
-    def __enter__(self) -> "Run":
-        if self.num_processes == 1:
-            signal.signal(signal.SIGINT, self.stop)
-            signal.signal(signal.SIGTERM, self.stop)
-        return self
+    def due(self, frequency: int) -> bool:
+        """Whether this step is the first after a multiple of `frequency` steps; 0: never."""
+        return frequency > 0 and self.step % frequency < self.all_envs
 
     def __exit__(self, kind, error, traceback) -> None:
-        if kind is None or (issubclass(kind, Exception) and kind is not FloatingPointError):
-            self.save()
+        try:
+            if self.agent is not None and kind is not FloatingPointError:
+                self.save()
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            if self.writes:
+                self.lock.release()
+            if self.agent is None and not self.args.resume:  # nothing has begun
+                shutil.rmtree(self.folder, ignore_errors=True)
         if self.stopped:
             resume = f"python dreamerv3.py --resume {self.folder}"
             print(f"stopped at step {self.step:,}; continue with: {resume}")
@@ -1305,18 +1539,20 @@ class Log:
         self.args = args
         self.run = run
         self.returns = deque(maxlen=20)  # of the last episodes
+        self.patience = run.step + 20_000 * run.all_envs  # agent step by which one should end
         self.start_window()
         self.bar = tqdm(
             total=args.total_timesteps,
             initial=run.step,
             unit=" steps",
             mininterval=0.5 if sys.stderr.isatty() else 20,
+            delay=0.1,  # not before the lines that come first
             disable=not run.writes,
         )
         if not run.writes:
             return
         if args.track:
-            track(args, run.name)
+            track(args, run_name(run.folder, args))
         self.writer = SummaryWriter(run.folder)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         table = "\n".join(["|param|value|", "|-|-|", *rows])
@@ -1341,15 +1577,22 @@ class Log:
 
     def episodes(self, infos: dict) -> None:
         """Record the episodes that have just ended."""
-        for i in np.flatnonzero(infos.get("_episode", [])):
-            score = float(infos["episode"]["r"][i])
-            length = int(infos["episode"]["l"][i])
+        run = self.run
+        for i in np.flatnonzero(infos.get("_episode_return", [])):
+            score = float(infos["episode_return"][i])
+            length = int(infos["episode_length"][i])
             self.returns.append(score)
             self.record({"charts/episodic_return": score, "charts/episodic_length": length})
-            if self.run.writes:
-                frames = self.run.step * self.args.action_repeat
-                seconds = time.time() - self.run.begin
-                self.csv.write(f"{self.run.step},{frames},{score:g},{length},{seconds:.1f}\n")
+            if run.writes:
+                frames = run.step * self.args.action_repeat
+                seconds = time.time() - run.began
+                self.csv.write(f"{run.step},{frames},{score:g},{length},{seconds:.1f}\n")
+        if run.step >= self.patience and not self.returns:
+            self.patience = math.inf  # said once
+            tqdm.write(
+                "note: no episode has ended yet, so there are no returns; training needs none. "
+                "gymnasium.wrappers.TimeLimit cuts episodes"
+            )
 
     def update(self, metrics: dict[str, Tensor]) -> None:
         """Keep the metrics of an update, on the device, until they are recorded."""
@@ -1390,11 +1633,17 @@ class Log:
 
     def evaluate(self, agent: Agent) -> None:
         """Play and record whole episodes; other processes wait at their next update."""
-        if self.run.writes:
-            args = self.args
-            seed = args.seed + self.run.step
-            videos = self.run.videos(f"eval-{self.run.step}")
-            returns = evaluate(agent, args, args.eval_episodes, seed, videos)
+        args = self.args
+        run = self.run
+        if not run.writes:
+            return
+        videos = run.videos(f"eval-{run.step}")
+        try:
+            returns = evaluate(agent, args, args.eval_episodes, args.seed + run.step, videos, run)
+        except UserError as error:
+            tqdm.write(f"warning: {error}; training goes on without it")
+            return
+        if returns:
             self.record({"eval/episodic_return": np.mean(returns)})
 
     def __enter__(self) -> "Log":
@@ -1409,18 +1658,42 @@ class Log:
         if self.args.track and self.args.capture_video:
             import wandb
 
-            wandb.save(f"{self.run.videos('*')}/*.mp4", policy="now")
+            wandb.save(f"{self.run.video_folder}/*/*.mp4", policy="now")
 
 
-def run_folder(path: str | Path) -> Path:
-    """A run folder, from itself or a file in it."""
-    path = Path(path)
-    return path if path.is_dir() else path.parent
+def run_folder(args: Args) -> Path:
+    """That of --resume, which may name a file in it, or else runs/{env_id}__{exp_name}__{seed}__
+    {time}, without characters that a file system refuses. It is absolute, since environments may
+    change the current folder."""
+    if args.resume:
+        path = Path(args.resume).resolve()
+        return path if path.is_dir() else path.parent
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    for character in '<>:"\\|?*':
+        name = name.replace(character, "-")
+    names = [name]
+    if dist.is_initialized():
+        dist.broadcast_object_list(names)  # one folder for all
+    return Path("runs", names[0]).resolve()
+
+
+def lock_folder(folder: Path, args: Args) -> FileLock:
+    """So that two processes never write one run folder; makes it for a new run. The system drops
+    the lock of a process that is killed."""
+    with blame(f"the run folder {folder} cannot be written"):
+        if not args.resume:
+            folder.mkdir(parents=True, exist_ok=dist.is_initialized())
+        lock = FileLock(folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError("another process trains this run; end it first") from None
+    return lock
 
 
 def run_name(folder: Path, args: Args) -> str:
-    """{env_id}__{exp_name}__{seed}__{time} of a run folder; ids may contain slashes."""
-    parts = 1 + args.env_id.count("/")
+    """The name in a run folder's path; ids and experiment names may contain slashes."""
+    parts = 1 + args.env_id.count("/") + args.exp_name.count("/")
     return "/".join(folder.parts[-parts:])
 
 
@@ -1431,7 +1704,23 @@ def load_checkpoint(path: str | Path) -> dict:
         path = path / "checkpoint.pt"
     # weights_only: a stranger's file cannot run code; mmap: what is not used is not read
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    state["args"].setdefault("twohot_mean", "exact")  # as runs older than the flag were trained
+    return upgrade(state)
+
+
+def upgrade(state: dict) -> dict:
+    """A checkpoint of the program before December 2026 as one of today."""
+    args = state["args"]
+    args.setdefault("twohot_mean", "exact")
+    if "owed" in state:
+        steps_per_update = args["batch_size"] * args["batch_length"] / args["train_ratio"]
+        state["step"] = state["global_step"]
+        state["trained"] = state["step"] - state["owed"] * steps_per_update
+        if state["updates"] == 0:
+            state["trained"] = args["learning_starts"]
+        args["buffer_size"] = state["capacity"]
+        for tensors in state["optimizer"]["state"].values():
+            tensors["exp_avg"] = tensors.pop("mean")
+            tensors["exp_avg_sq"] = tensors.pop("square")
     return state
 
 
@@ -1445,35 +1734,32 @@ def save_atomically(state: dict, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def make_replay(args: Args, specs: dict, action: ActionSpec, run: Run) -> Replay:
-    """The replay buffer of one process, in the run folder, which it makes, or in RAM."""
-    size = SIZES[args.size]
-    layout = {f"obs/{key}": (spec.shape, spec.dtype) for key, spec in specs.items()}
-    if action.nvec:
-        layout["action"] = ((len(action.nvec),), np.int32)
+def make_replay(args: Args, agent: Agent, run: Run) -> Replay:
+    """The replay buffer of one process, in the run folder or in RAM."""
+    layout = {f"obs/{key}": (spec.shape, spec.dtype) for key, spec in agent.specs.items()}
+    if agent.action.nvec:
+        layout["action"] = ((len(agent.action.nvec),), np.int32)
     else:
-        layout["action"] = ((action.size,), np.float32)
+        layout["action"] = ((agent.action.size,), np.float32)
     layout["reward"] = ((), np.float32)
-    layout["deter"] = ((size.deter,), np.float16)
-    layout["stoch"] = ((size.groups,), np.uint8)
+    layout["deter"] = ((agent.size.deter,), np.float16)
+    layout["stoch"] = ((agent.size.groups,), np.uint8)
     if not args.resume:  # a run keeps its buffer
         args.buffer_size = min(args.buffer_size, args.total_timesteps // run.num_processes)
     gigabytes = args.buffer_size * Replay.bytes_per_step(layout) / 1e9
     print(f"replay: {args.buffer_size:,} steps take {gigabytes:.2f} GB")
 
-    folder = None
-    run.folder.mkdir(parents=True, exist_ok=bool(args.resume) or run.num_processes > 1)
-    if args.persist_replay:
-        folder = run.folder / f"replay{run.rank or ''}"
-    return Replay(
-        args.buffer_size,
-        args.num_envs,
-        layout,
-        args.batch_length,
-        args.replay_windows,
-        args.seed + 1000 * run.rank,
-        folder,
-    )
+    folder = run.folder / f"replay{run.rank or ''}" if args.persist_replay else None
+    with blame(f"--buffer-size {args.buffer_size}: no replay buffer in {run.folder}"):
+        return Replay(
+            args.buffer_size,
+            args.num_envs,
+            layout,
+            args.batch_length,
+            args.replay_windows,
+            args.seed + 1000 * run.rank,
+            folder,
+        )
 
 
 def track(args: Args, name: str) -> None:
@@ -1501,62 +1787,73 @@ def track(args: Args, name: str) -> None:
 
 # === 12. Evaluation, dreams, CUDA graphs ==========================================================
 def load_agent(path: str | Path, device: str | torch.device = "cpu") -> tuple[Agent, Args]:
-    """The agent of a run folder, a checkpoint or a model.pt, and the flags it was trained with. An
-    environment is made, to ask it for its spaces. Raises what torch.load and make_env raise."""
+    """The agent of a run folder, a checkpoint or a model.pt, and the flags it was trained with.
+    Raises what torch.load raises."""
     state = load_checkpoint(path)
     args = Args(**state["args"])
-    env = make_env(args.env_id, args.image_size, args.action_repeat)
-    agent = Agent(env.specs, env.action_spec, SIZES[args.size], args).to(device)
+    if "specs" not in state:  # older than December 2026: ask an environment
+        with closing(make_env(args.env_id, args.image_size, args.action_repeat)) as env:
+            state["specs"] = env.specs
+            state["action"] = env.action_spec
+    specs = {key: ObsSpec(*spec) for key, spec in state["specs"].items()}
+    agent = Agent(specs, ActionSpec(*state["action"]), SIZES[args.size], args).to(device)
     agent.load_state_dict(state["agent"])
-    env.close()
     return agent, args
 
 
 def evaluate_only(args: Args) -> None:
     """--eval-only."""
     device = set_up_torch(args)
-    with blame(f"--resume {args.resume} --env-id {args.env_id}"):
+    with blame(f"--resume {args.resume}"):
         agent, _ = load_agent(args.resume, device)
-    name = run_name(run_folder(args.resume), args)
-    videos = Path("videos", name, "eval-only") if args.capture_video else None
+    name = run_name(run_folder(args), args)
+    videos = Path("videos", name, "eval-only").resolve() if args.capture_video else None
     evaluate(agent, args, args.eval_episodes, args.seed, videos)
 
 
 def evaluate(
-    agent: Agent, args: Args, episodes: int, seed: int, videos: Path | None = None
+    agent: Agent,
+    args: Args,
+    episodes: int,
+    seed: int,
+    videos: Path | None = None,
+    run: Run | None = None,
 ) -> list[float]:
     """Undiscounted returns of whole episodes in an environment of its own, whose first reset takes
-    the seed; videos: a folder for one mp4 each. The policy samples as in training. Changes neither
-    the agent nor torch's random state."""
-    env = make_env(
-        args.env_id,
-        args.image_size,
-        args.action_repeat,
-        videos,
-        episode_trigger=lambda episode: True,
-    )
+    the seed; videos: a folder for one mp4 each. Ends early when the run is stopped. Changes neither
+    the agent nor torch's random state. Raises UserError when the environment cannot be made."""
     device = agent.return_norm.lo.device
+    cuda = [device] if device.type == "cuda" else []
+    with blame(f"an evaluation needs an environment of its own, {args.env_id} cannot be made"):
+        kwargs = json.loads(args.env_kwargs)
+        env = make_env(args.env_id, args.image_size, args.action_repeat, kwargs, videos, True)
     returns = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    steps = 0
+    with closing(env), torch.random.fork_rng(cuda):
         torch.manual_seed(seed)
-        while len(returns) < episodes:
-            obs, _ = env.reset(seed=None if returns else seed)
-            state = agent.rssm.initial(1)
-            is_first = True
-            over = False
-            while not over:
-                inputs = {key: torch.as_tensor(x[None]).to(device) for key, x in obs.items()}
-                first = torch.tensor([is_first], device=device)
-                action, state = policy(agent, inputs, state, first)
-                action = decode_action(action, agent.action)[0].cpu().numpy()
-                obs, _, terminated, truncated, info = env.step(action)
-                is_first = False
-                over = terminated or truncated
-            returns.append(float(info["episode"]["r"]))
-    env.close()
-    spread = f"mean {np.mean(returns):.1f}, std {np.std(returns):.1f}"
-    ends = f"min {min(returns):g}, max {max(returns):g}"
-    tqdm.write(f"evaluation: {episodes} episodes of {args.env_id}, return {spread}, {ends}")
+        obs, _ = env.reset(seed=seed)
+        state = agent.rssm.initial(1)
+        is_first = True
+        while len(returns) < episodes and not (run and run.stopped):
+            inputs = {key: torch.as_tensor(x[None]).to(device) for key, x in obs.items()}
+            first = torch.tensor([is_first], device=device)
+            action, state = policy(agent, inputs, state, first, args.eval_action == "mode")
+            action = decode_action(action, agent.action)[0].cpu().numpy()
+            obs, _, terminated, truncated, info = env.step(action)
+            is_first = terminated or truncated
+            steps += 1
+            if is_first:
+                returns.append(info["episode_return"])
+                obs, _ = env.reset()
+            elif steps % 10_000 == 0:
+                tqdm.write(
+                    f"evaluation: {steps:,} steps, {len(returns)} of {episodes} episodes "
+                    "have ended; Ctrl-C stops"
+                )
+    if returns:
+        spread = f"mean {np.mean(returns):.1f}, std {np.std(returns):.1f}"
+        ends = f"min {min(returns):g}, max {max(returns):g}"
+        tqdm.write(f"evaluation: {len(returns)} episodes of {args.env_id}, return {spread}, {ends}")
     return returns
 
 

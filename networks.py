@@ -204,8 +204,8 @@ class MultiOneHot:
     """Independent categoricals, one per action component; an action is their one-hot vectors side
     by side (…, A).
 
-    Methods as OneHot's: sample(u (…, components)) -> (…, A), log_prob(action (…, A)) and entropy()
-    -> (…,), summed.
+    Methods as OneHot's: sample(u (…, components)) and mode() -> (…, A), log_prob(action (…, A)) and
+    entropy() -> (…,), summed.
     """
 
     def __init__(self, logits: list[Tensor], unimix: float):
@@ -215,6 +215,10 @@ class MultiOneHot:
     def sample(self, u: Tensor) -> Tensor:
         samples = [part.sample(u[..., i]) for i, part in enumerate(self.parts)]
         return torch.cat(samples, -1)
+
+    def mode(self) -> Tensor:
+        modes = [one_hot(part.probs.argmax(-1), part.probs.shape[-1]) for part in self.parts]
+        return torch.cat(modes, -1)
 
     def log_prob(self, action: Tensor) -> Tensor:
         pairs = zip(self.parts, action.split(self.sizes, -1), strict=True)
@@ -227,8 +231,8 @@ class MultiOneHot:
 class Normal:
     """Diagonal normal over the last axis; samples are mean + std * noise (…, A), not squashed.
 
-    Methods as OneHot's: sample(standard normal noise (…, A)) -> (…, A), log_prob(action) and
-    entropy() -> (…,), summed.
+    Methods as OneHot's: sample(standard normal noise (…, A)) and mode() -> (…, A), log_prob(action)
+    and entropy() -> (…,), summed.
     """
 
     def __init__(self, mean: Tensor, std: Tensor):
@@ -237,6 +241,9 @@ class Normal:
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.mean + self.std * noise
+
+    def mode(self) -> Tensor:
+        return self.mean
 
     def log_prob(self, action: Tensor) -> Tensor:
         z = (action - self.mean) / self.std
