@@ -1,4 +1,6 @@
-"""Crafter (pip install crafter): python dreamerv3.py --env-id examples.crafter_env:Crafter-v0 --train-ratio 512
+"""Crafter (pip install crafter):
+
+    python dreamerv3.py --env-id examples.crafter_env:Crafter-v0 --train-ratio 512
 
 Crafter follows the interface of the old Gym; this class translates it.
 """
@@ -10,20 +12,24 @@ from gymnasium import spaces
 
 
 class Crafter(gym.Env):
-    observation_space, action_space = spaces.Box(0, 255, (64, 64, 3), np.uint8), spaces.Discrete(17)
+    observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    action_space = spaces.Discrete(17)
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(self, render_mode=None):
-        self.render_mode, self.game = render_mode, crafter.Env()
+        self.render_mode = render_mode
+        self.game = crafter.Env()
 
     def reset(self, seed=None, options=None):
-        self.game = self.game if seed is None else crafter.Env(seed=seed)
+        if seed is not None:
+            self.game = crafter.Env(seed=seed)
         return self.game.reset(), {}
 
     def step(self, action):
         obs, reward, done, info = self.game.step(action)
-        dead = info["discount"] == 0  # else the episode was cut at 10,000 steps
-        return obs, reward, dead, done and not dead, {}
+        terminated = info["discount"] == 0  # else the episode was cut at 10,000 steps
+        truncated = done and not terminated
+        return obs, reward, terminated, truncated, {}
 
     def render(self):
         return self.game.render((576, 576))

@@ -1,6 +1,7 @@
 """An environment of your own, to start from: python dreamerv3.py --env-id examples.my_env:MyEnv-v0
 
-A camera beside numbers, two discrete actions at once, an end by termination and one by a time limit.
+A camera beside numbers, two discrete actions at once, an end by termination and one by a time
+limit.
 """
 
 import gymnasium as gym
@@ -9,11 +10,15 @@ from gymnasium import spaces
 
 
 class MyEnv(gym.Env):
-    """Drive to the red square that the camera sees, without leaving the field; then there is a new one."""
+    """Drive to the red square that the camera sees, without leaving the field; then there is a new
+    one."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # with `render`: what --capture-video needs
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # for --capture-video
     observation_space = spaces.Dict(
-        {"camera": spaces.Box(0, 255, (32, 32, 3), np.uint8), "state": spaces.Box(-2, 2, (4,), np.float32)}
+        {
+            "camera": spaces.Box(0, 255, (32, 32, 3), np.uint8),
+            "state": spaces.Box(-2, 2, (4,), np.float32),
+        }
     )
     action_space = spaces.MultiDiscrete([3, 3])  # push left, not, right; push down, not, up
 
@@ -22,7 +27,9 @@ class MyEnv(gym.Env):
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)  # makes self.np_random
-        self.position, self.speed, self.goal = np.zeros(2), np.zeros(2), self.np_random.uniform(-1, 1, 2)
+        self.position = np.zeros(2)
+        self.speed = np.zeros(2)
+        self.goal = self.np_random.uniform(-1, 1, 2)
         return self.observe(), {}
 
     def step(self, action):
@@ -44,4 +51,5 @@ class MyEnv(gym.Env):
         return {"camera": image, "state": np.float32([*self.position, *self.speed])}
 
 
-gym.register("MyEnv-v0", MyEnv, max_episode_steps=200)  # that limit is a truncation: returns bootstrap
+# the limit is a truncation: returns bootstrap there
+gym.register("MyEnv-v0", MyEnv, max_episode_steps=200)

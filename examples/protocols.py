@@ -1,7 +1,10 @@
-"""Published settings without a Gymnasium id: python dreamerv3.py --env-id examples.protocols:PongFull-v5 (18 actions).
+"""Published settings without a Gymnasium id:
 
-DeepMind Control from pixels is WalkerPixels-v0 (pip install "shimmy[dm-control]" imageio "mujoco<4"; MUJOCO_GL=egl or
-another name chooses the renderer). MiniGrid from pixels is MiniGridPixels-v0 (pip install minigrid).
+    python dreamerv3.py --env-id examples.protocols:PongFull-v5
+
+PongFull-v5 has all 18 actions. WalkerPixels-v0 is DeepMind Control from pixels
+(pip install "shimmy[dm-control]" imageio "mujoco<4"; MUJOCO_GL=egl or another name chooses the
+renderer). MiniGridPixels-v0 is MiniGrid from pixels (pip install minigrid).
 """
 
 import gymnasium as gym
@@ -18,10 +21,17 @@ def pixels(task, **kwargs):
 def grid(task, **kwargs):
     import minigrid.wrappers  # registers MiniGrid-*
 
-    return minigrid.wrappers.ImgObsWrapper(minigrid.wrappers.RGBImgPartialObsWrapper(gym.make(task, **kwargs)))
+    env = gym.make(task, **kwargs)
+    env = minigrid.wrappers.RGBImgPartialObsWrapper(env)
+    return minigrid.wrappers.ImgObsWrapper(env)
 
 
-full = {"repeat_action_probability": 0.25, "full_action_space": True, "max_num_frames_per_episode": 108_000}
-gym.register("PongFull-v5", "ale_py.env:AtariEnv", kwargs={"game": "pong", **full})
+full = {
+    "game": "pong",
+    "repeat_action_probability": 0.25,
+    "full_action_space": True,
+    "max_num_frames_per_episode": 108_000,
+}
+gym.register("PongFull-v5", "ale_py.env:AtariEnv", kwargs=full)
 gym.register("WalkerPixels-v0", pixels, kwargs={"task": "walker-walk-v0"})
 gym.register("MiniGridPixels-v0", grid, kwargs={"task": "MiniGrid-Empty-8x8-v0"})
