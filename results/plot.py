@@ -1,103 +1,317 @@
-"""Draw results/*.png, one figure per suite, from results/*.csv, and print the table of ranks: python results/plot.py
+"""Draw the figures of results/ from its CSVs: python results/plot.py
 
-Colored: one run each; dots are episodes, lines their mean over the last 20 (of 16 environments: over the last 16).
-Black: the official code's run of CartPole-v1, or the mean of the authors' five seeds; gray: each of these seeds (Atari:
-means over 20 episodes).
+Gray and black: runs of the official code. Color: runs of this repository. An official curve is
+drawn in a figure with ours only if `check` of compare.py lets their protocols pass. Runs that do
+not exist yet are left out.
 """
 
-import math
-import re
+from collections.abc import Callable
 from pathlib import Path
 
+import compare
 import numpy as np
+from compare import Results
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-TASKS = "reacher-easy walker-walk finger-spin ball_in_cup-catch cartpole-balance cheetah-run".split()
-SUITES = {  # figure -> what the names of its logs begin with, one plot each
-    "parity": ["CartPole-v1__parity"],
-    "demo": ["CartPole-v1__demo"],
-    "classic_control": ["CartPole-v1__seed"],
-    "dm_control": [f"dm_control-{task}-v0" for task in TASKS],
-    "atari": ["BoxingNoFrameskip-v4", "ALE-Pong-v5"],
-    "minatar": ["MinAtar-Breakout-v1"],
-}
+Curve = tuple[np.ndarray, np.ndarray]  # x and y
+OFFICIAL = "0.6"
+OURS = "tab:blue"
+EXACT = "tab:orange"
+DEFAULT = "tab:green"
 
 
-def read(path: Path, *columns: int) -> np.ndarray:
-    """Columns of a CSV with numbers: (columns, rows)."""
-    return np.loadtxt(path, delimiter=",", skiprows=1, usecols=columns, ndmin=2).T
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Of the last `window` values, at every value."""
+    means = []
+    for i in range(len(values)):
+        means.append(values[max(0, i + 1 - window) : i + 1].mean())
+    return np.array(means)
 
 
-def running_mean(returns: np.ndarray, window: int = 20) -> np.ndarray:
-    """Of the last `window` episodes, at every episode."""
-    return np.array([returns[max(0, j + 1 - window) : j + 1].mean() for j in range(len(returns))])
+def returns(results: Results, names: list[str], window: int) -> list[Curve]:
+    """Agent steps and running means of training returns, of the runs that exist."""
+    curves = []
+    for name in names:
+        episodes = results.read(name)
+        if episodes is not None:
+            means = running_mean(episodes["return"], window)
+            curves.append((episodes["global_step"], means))
+    return curves
 
 
-def authors_seeds(task: str) -> list[np.ndarray]:
-    """The authors' five curves of a DeepMind Control task or Atari game: (environment steps, return) each, (2, points);
-    [] for other environments."""
-    control = task.startswith("dm_control")
-    name = re.sub(r"^(dm_control|ALE)-|(NoFrameskip)?-v\d$", "", task).replace("-", "_").lower()
-    file = HERE / "published" / ("dmc_proprio.csv" if control else "atari100k.csv")
-    rows = [row.split(",") for row in file.read_text().split()[1:]]
-    seeds = sorted({row[1] for row in rows if row[0] == name})
-    curves = [np.array([row[2:] for row in rows if row[:2] == [name, seed]], float).T for seed in seeds]
-    return curves if control else [np.stack([steps, running_mean(returns)]) for steps, returns in curves]
+def metric(results: Results, names: list[str], x: str, y: str) -> list[Curve]:
+    """Two columns of the losses, of the runs that exist."""
+    curves = []
+    for name in names:
+        losses = results.read(name, "_losses")
+        if losses is not None:
+            curves.append((losses[x], losses[y]))
+    return curves
 
 
-def compare(folder: Path, until: int) -> None:
-    """Print for every DeepMind Control log with training episodes that end in the last 10,000 environment steps before
-    `until`: their mean, the authors' scores there, and the rank of ours among the six."""
-    print(f"| task at {until:,} environment steps | run | mean (episodes) | the authors' seeds | rank |")
-    print("|---|---|---|---|---|")
-    for path in sorted(folder.glob("dm_control-*.csv")):
-        frames, returns = read(path, 1, 2)
-        near = returns[(frames > until - 10_000) & (frames <= until)]
-        if len(near):
-            task, run = path.stem.split("__")
-            theirs = [float(score[steps == until][0]) for steps, score in authors_seeds(task)]
-            rank = 1 + sum(x > near.mean() for x in theirs)
-            scores = ", ".join(f"{x:.0f}" for x in sorted(theirs, reverse=True))
-            print(f"| {task} | {run} | {near.mean():.0f} ({len(near)}) | {scores} | {rank} of {len(theirs) + 1} |")
+def draw_curves(ax: Axes, curves: list[Curve], label: str, color: str, **style) -> None:
+    """Draw runs of one kind, with one label for all."""
+    for i, (x, y) in enumerate(curves):
+        ax.plot(x, y, label=None if i else label, color=color, linewidth=1.2, **style)
 
 
-def draw(folder: Path) -> None:
-    """Draw every suite that has logs in the folder, `{environment}__{run}.csv`, into it."""
-    for suite, tasks in SUITES.items():
-        logs = {task: sorted(folder.glob(f"{task}*.csv")) for task in tasks}
-        logs = {task: paths for task, paths in logs.items() if paths}
-        if not logs:
+def finish(ax: Axes, title: str, x: str, y: str) -> None:
+    """Titles and a legend."""
+    ax.set(title=title, xlabel=x, ylabel=y)
+    ax.locator_params(axis="x", nbins=6)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize="small")
+
+
+# === finger-spin ==================================================================================
+def finger_returns(ax: Axes, results: Results) -> None:
+    """Training returns of official and rounded runs."""
+    results.check([*compare.FINGER, *compare.ROUNDED], [])
+    draw_curves(ax, returns(results, compare.FINGER, 5), "official", OFFICIAL)
+    draw_curves(ax, returns(results, compare.ROUNDED, 5), "ours", OURS)
+    title = "finger-spin, 1 environment, ratio 512"
+    finish(ax, title, "agent steps", "return, mean of 5 episodes")
+
+
+def finger_ablation(ax: Axes, results: Results) -> None:
+    """Training returns of official, rounded and exact runs."""
+    draw_curves(ax, returns(results, compare.FINGER, 5), "official", OFFICIAL)
+    crossed = returns(results, [compare.FINGER_EXACT], 5)
+    draw_curves(ax, crossed, "official, exact mean", "black", linestyle="--")
+    draw_curves(ax, returns(results, compare.ROUNDED, 5), "ours, rounded", OURS)
+    draw_curves(ax, returns(results, compare.EXACT, 5), "ours, exact", EXACT)
+    finish(ax, "finger-spin", "agent steps", "return, mean of 5 episodes")
+
+
+def finger_metric(ax: Axes, results: Results, name: str) -> None:
+    """A metric of official, rounded and exact runs in the first 4,000 updates."""
+    key = compare.FINGER_METRICS[name]
+    official = metric(results, compare.FINGER, "opt_updates", key)
+    draw_curves(ax, official, "official", OFFICIAL)
+    crossed = metric(results, [compare.FINGER_EXACT], "opt_updates", key)
+    draw_curves(ax, crossed, "official, exact mean", "black", linestyle="--")
+    rounded = metric(results, compare.ROUNDED, "updates", name)
+    draw_curves(ax, middle(rounded), "ours, rounded", OURS)
+    exact = metric(results, compare.EXACT, "updates", name)
+    draw_curves(ax, middle(exact), "ours, exact", EXACT)
+    ax.set_xlim(0, 4000)
+    shown = [y[x <= 4000] for x, y in official + crossed + rounded + exact]
+    ax.set_ylim(*padded(np.concatenate(shown)))
+    finish(ax, name, "updates", "")
+
+
+def middle(curves: list[Curve]) -> list[Curve]:
+    """The same with each window at its middle, where the official ones are drawn."""
+    return [(updates - compare.WINDOW / 2, values) for updates, values in curves]
+
+
+def padded(values: np.ndarray) -> tuple[float, float]:
+    """The range of the values with 5 % on each side."""
+    low = values.min()
+    high = values.max()
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
+
+
+def finger_spin(results: Results) -> Figure:
+    """The ablation: returns, advantage and entropy."""
+    names = [*compare.FINGER, compare.FINGER_EXACT, *compare.ROUNDED, *compare.EXACT]
+    results.check(names, compare.ROUNDING_TOLERATES)
+    figure, axes = panels(3)
+    finger_ablation(axes[0], results)
+    finger_metric(axes[1], results, "behavior/advantage_mag")
+    finger_metric(axes[2], results, "behavior/actor_entropy")
+    return figure
+
+
+# === CartPole =====================================================================================
+def cartpole_evaluations(ax: Axes, results: Results) -> None:
+    """Evaluations of the runs with 16 environments."""
+    names = [compare.CARTPOLE_16_OFFICIAL, *compare.CARTPOLE_16]
+    results.check(names, compare.CARTPOLE_16_TOLERATES)
+    official = []
+    for steps, values in compare.official_evaluations(results):
+        official.append((steps, running_mean(values, 5)))
+    draw_curves(ax, official, "official", OFFICIAL)
+    ours = []
+    for name in compare.CARTPOLE_16:
+        evaluations = results.read(name, "_evals")
+        if evaluations is not None:
+            means = running_mean(evaluations["return"], 5)
+            ours.append((evaluations["global_step"], means))
+    draw_curves(ax, ours, "ours", OURS)
+    title = "CartPole-v1, 16 environments, ratio 512"
+    finish(ax, title, "agent steps", "return, mean of 5 evaluations")
+
+
+def cartpole_metric(ax: Axes, results: Results, name: str) -> None:
+    """A metric of our runs with 16 environments in the range of the official ones."""
+    names = [compare.CARTPOLE_16_LOSSES, *compare.CARTPOLE_16]
+    results.check(names, [*compare.CARTPOLE_16_TOLERATES, "returns"])
+    data = results.read(compare.CARTPOLE_16_LOSSES, "_losses")
+    here = data["metric"] == compare.CARTPOLE_16_METRICS[name]
+    borders = np.array(compare.CARTPOLE_16_BORDERS)
+    middles = (borders[1:] + borders[:-1]) / 2
+    ax.fill_between(middles, data["min"][here], data["max"][here], color="0.85")
+    draw_curves(ax, [(middles, data["mean"][here])], "official, 3 seeds", OFFICIAL)
+    ours = metric(results, compare.CARTPOLE_16, "updates", name)
+    draw_curves(ax, middle(ours), "ours", OURS)
+    finish(ax, name, "updates", "")
+
+
+def cartpole_16envs(results: Results) -> Figure:
+    """Evaluations, value and entropy of the runs with 16 environments."""
+    figure, axes = panels(3)
+    cartpole_evaluations(axes[0], results)
+    cartpole_metric(axes[1], results, "behavior/value_mean")
+    cartpole_metric(axes[2], results, "behavior/actor_entropy")
+    return figure
+
+
+def cartpole(results: Results) -> Figure:
+    """Returns and value of the runs with one environment."""
+    official = [compare.CARTPOLE_OFFICIAL]
+    same = [compare.CARTPOLE]
+    default = [compare.CARTPOLE_DEFAULT]
+    results.check([*official, *same], [])
+    results.check([*official, *default], compare.DEFAULT_TOLERATES)
+    figure, axes = panels(2)
+    draw_curves(axes[0], returns(results, official, 20), "official", "black")
+    draw_curves(axes[0], returns(results, same, 20), "ours, same protocol", OURS)
+    draw_curves(axes[0], returns(results, default, 20), "ours, default flags", DEFAULT)
+    title = "CartPole-v1, 1 environment"
+    finish(axes[0], title, "agent steps", "return, mean of 20 episodes")
+    theirs = metric(results, official, "updates", "value_mean")
+    draw_curves(axes[1], theirs, "official", "black")
+    name = "behavior/value_mean"
+    ours = metric(results, same, "updates", name)
+    draw_curves(axes[1], middle(ours), "ours, same protocol", OURS)
+    ours = metric(results, default, "updates", name)
+    draw_curves(axes[1], middle(ours), "ours, default flags", DEFAULT)
+    finish(axes[1], name, "updates", "")
+    return figure
+
+
+# === walker-walk ==================================================================================
+def walker_returns(ax: Axes, results: Results) -> None:
+    """Mean returns of the 16 episodes that end together."""
+    names = [compare.WALKER_OFFICIAL, *compare.WALKER]
+    results.check(names, compare.WALKER_TOLERATES)
+    official = []
+    for groups in compare.official_groups(results)[:, :4]:
+        official.append((compare.GROUP * np.arange(1, 5), groups))
+    draw_curves(ax, official, "official", OFFICIAL, marker=".")
+    ours = []
+    for name in compare.WALKER:
+        groups = compare.our_groups(results, name)
+        if groups is not None:
+            ours.append((compare.GROUP * np.arange(1, 5), groups))
+    draw_curves(ax, ours, "ours", OURS, marker=".")
+    title = "walker-walk, 16 environments, ratio 1,024"
+    finish(ax, title, "agent steps", "return, mean of 16 episodes")
+
+
+def walker_metric(ax: Axes, results: Results, name: str, others: list[str]) -> None:
+    """A metric of our runs and of the official ones that have it, up to 30,000 updates."""
+    names = [compare.WALKER_OFFICIAL, *others, *compare.WALKER]
+    results.check(names, compare.WALKER_TOLERATES)
+    (key,) = compare.WALKER_METRICS[name]
+    data = results.read(compare.WALKER_OFFICIAL, "_losses")
+    official = []
+    for seed in range(3):
+        rows = data["seed"] == seed
+        official.append((data["updates_mean"][rows], data[key][rows]))
+    for other in others:
+        data = results.read(other, "_losses")
+        ends = np.concatenate([[0], data["env_step"] - 2048])
+        official.append(((ends[1:] + ends[:-1]) / 2, data[key]))
+    draw_curves(ax, official, "official", OFFICIAL)
+    ours = middle(metric(results, compare.WALKER, "updates", name))
+    draw_curves(ax, ours, "ours", OURS)
+    ax.set_xlim(0, 30_000)
+    finish(ax, name, "updates", "")
+
+
+def walker_walk(results: Results) -> Figure:
+    """Returns, critic loss and entropy of walker-walk."""
+    figure, axes = panels(3)
+    walker_returns(axes[0], results)
+    others = [f"walker_walk_official_{run}" for run in ("a6000", "a100_seed7", "a100_first")]
+    walker_metric(axes[1], results, "losses/critic", others)
+    walker_metric(axes[2], results, "behavior/actor_entropy", [])
+    return figure
+
+
+# === Figures without official runs ================================================================
+def episodes_figure(results: Results, names: list[str], title: str) -> Figure | None:
+    """Returns of training episodes as dots, and means of 20 as lines; None if there are no runs."""
+    figure, (ax,) = panels(1)
+    notes = []
+    for name in names:
+        episodes = results.read(name)
+        if episodes is None:
             continue
-        columns = min(2, len(logs))
-        rows = -(-len(logs) // columns)
-        figure = Figure((5 * columns, 3.5 * rows), dpi=100, layout="constrained")
-        for i, (task, paths) in enumerate(logs.items()):
-            ax = figure.add_subplot(rows, columns, i + 1)
-            runs = {path.stem.split("__", 1)[1]: read(path, 1, 2) for path in paths}
-            if suite == "parity":
-                runs["official"] = read(HERE / "official" / "CartPole-v1__official_seed1.csv", 0, 1)
-            end = 1.05 * max(frames[-1] for frames, _ in runs.values())
-            theirs = [curve[:, curve[0] <= end] for curve in authors_seeds(task)]
-            for steps, score in theirs:
-                ax.plot(steps, score, color="silver", linewidth=0.8)
-            if theirs:
-                steps = theirs[0][0]
-                mean = np.mean([np.interp(steps, *curve) for curve in theirs], 0)
-                ax.plot(steps, mean, color="black", label="authors")
-            for run, (frames, returns) in runs.items():
-                means = running_mean(returns, 16 if "16envs" in run else 20)
-                ends = np.flatnonzero(np.diff(frames, append=math.inf))  # parallel environments end together
-                style = {"color": "black"} if run == "official" else {}
-                (line,) = ax.plot(frames[ends], means[ends], label=run, **style)
-                ax.plot(frames, returns, ".", color=line.get_color(), alpha=0.2, markersize=4)
-            ax.set(title=task.split("__")[0], xlabel="environment steps", ylabel="return", xlim=(0, end))
-            ax.locator_params(axis="x", nbins=5)
-            ax.legend(fontsize="small")
-        figure.savefig(folder / f"{suite}.png")
+        (run,) = results.runs([name])
+        notes.append(run["notes"])
+        steps = episodes["frames"]
+        means = running_mean(episodes["return"], 20)
+        (line,) = ax.plot(steps, means, label=f"seed {run['seed']}")
+        ax.plot(steps, episodes["return"], ".", color=line.get_color(), alpha=0.2, markersize=4)
+    if not notes:
+        return None
+    if notes[0].startswith("older run"):
+        title += " (older run)"
+    finish(ax, title, "environment steps", "return, mean of 20 episodes")
+    return figure
+
+
+def demo(results: Results) -> Figure | None:
+    """The first command of the README."""
+    names = [f"CartPole-v1__demo_seed{seed}" for seed in (1, 2, 3)]
+    return episodes_figure(results, names, "The demo of the README")
+
+
+def pong(results: Results) -> Figure | None:
+    """A run of Atari Pong."""
+    return episodes_figure(results, ["ALE-Pong-v5__seed1_12m"], "ALE/Pong-v5, 12m")
+
+
+def learning(results: Results) -> Figure:
+    """The overview of the README."""
+    figure, axes = panels(3)
+    cartpole_evaluations(axes[0], results)
+    walker_returns(axes[1], results)
+    finger_returns(axes[2], results)
+    return figure
+
+
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with panels in one row."""
+    figure = Figure((4.5 * count, 3.4), dpi=100, layout="constrained")
+    axes = [figure.add_subplot(1, count, i + 1) for i in range(count)]
+    return figure, axes
+
+
+FIGURES: list[Callable[[Results], Figure | None]] = [
+    learning,
+    finger_spin,
+    cartpole_16envs,
+    walker_walk,
+    cartpole,
+    demo,
+    pong,
+]
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Draw every figure into the folder."""
+    for function in FIGURES:
+        figure = function(results)
+        if figure is not None:
+            figure.savefig(folder / f"{function.__name__}.png")
 
 
 if __name__ == "__main__":
-    draw(HERE)
-    compare(HERE, 50_000)
-    compare(HERE, 100_000)
+    draw(Results(), HERE)
