@@ -1232,7 +1232,7 @@ def command_line(argv: list[str] | None = None) -> None:
             main(args)
     except UserError as error:
         message = " ".join(str(error).split())
-        print(f"dreamerv3.py: error: {message}", file=sys.stderr)
+        print(f"dreamerv3.py: error: {message[:1000]}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -1411,6 +1411,8 @@ class Run:
         if self.args.resume:
             with blame(f"--resume {self.args.resume}"):
                 self.state = load_checkpoint(self.args.resume)
+                if "optimizer" not in self.state:
+                    raise UserError("it holds weights alone; name a run folder to go on training")
                 self.step = self.state["step"]
                 self.updates = self.state["updates"]
                 self.trained = self.state["trained"]
@@ -1727,11 +1729,14 @@ def upgrade(state: dict) -> dict:
 def save_atomically(state: dict, path: Path) -> None:
     """Write aside, then rename: at every moment the file at `path` is whole."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk needs the space
 
 
 def make_replay(args: Args, agent: Agent, run: Run) -> Replay:
