@@ -569,7 +569,7 @@ class LaProp(torch.optim.Optimizer):
     changes it, also while a CUDA graph replays `step`.
     """
 
-    def __init__(self, params, lr: float, warmup: int = 1000, betas=(0.9, 0.999), eps=1e-20):
+    def __init__(self, params, lr: float, warmup: int = 0, betas=(0.9, 0.999), eps=1e-20):
         params = list(params)
         defaults = {
             "lr": torch.tensor(lr, device=params[0].device),
@@ -598,7 +598,9 @@ class LaProp(torch.optim.Optimizer):
         exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in params]
         beta1, beta2 = group["betas"]
 
-        warmup = (steps[0] / max(1, group["warmup"])).clamp(max=1)  # 0 at the first update
+        warmup = 1.0
+        if group["warmup"] > 0:
+            warmup = (steps[0] / group["warmup"]).clamp(max=1)  # 0 at the first update
         rate = group["lr"] * warmup
         torch._foreach_add_(steps, 1)
 
@@ -669,8 +671,8 @@ def train_step(model: nn.Module, optimizer: LaProp, batch: dict, args: Args):
     metrics, on the device. model: the agent, or DistributedDataParallel around it."""
     agent = getattr(model, "module", model)
     params = agent.trained()
-    device_type = params[0].device.type
-    with torch.autocast(device_type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+    device = "cuda" if params[0].is_cuda else "cpu"
+    with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bfloat16"):
         total, latents, metrics = model(batch, args)
     optimizer.zero_grad(set_to_none=True)
     total.backward()
@@ -801,6 +803,9 @@ def find_spec(env_id: str) -> EnvSpec:
     """Gymnasium's spec of an id, whose packages are imported first. Raises what that raises."""
     prefix = env_id.split("/")[0]
     try:
+        if ":" in env_id:  # module:Id, whose import registers the id
+            module, env_id = env_id.split(":")
+            import_module(module)
         with warnings.catch_warnings():  # shimmy switches all DeprecationWarnings on
             module = import_module(REGISTERED_BY.get(prefix, "ale_py"))
         if hasattr(module, "register_envs"):
@@ -853,9 +858,13 @@ def make_env(
         make = partial(gym.make, spec, disable_env_checker=True, **env_kwargs)
         if videos:
             try:
+                import_module("moviepy")
                 env = Frames(make(render_mode="rgb_array"))
             except Exception as error:
-                print(f"warning: no videos, {type(error).__name__}: {error}", flush=True)
+                install = 'pip install "gymnasium[other]" brings what videos need'
+                print(
+                    f"warning: no videos, {type(error).__name__}: {error} ({install})", flush=True
+                )
                 videos = None
         if not videos:
             env = make()
@@ -882,7 +891,10 @@ def make_envs(args: Args, run: "Run"):
     the first one records videos. Resolves args.action_repeat. Closes them at the end."""
     if args.env_id.startswith("dm_control/") and not args.capture_video:
         os.environ.setdefault("MUJOCO_GL", "disabled")  # state observations need no renderer
-    with blame(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs} cannot be made"):
+    flags = f"--env-id {args.env_id}"
+    if args.env_kwargs != "{}":
+        flags = f"{flags} --env-kwargs {args.env_kwargs}"
+    with blame(f"{flags} cannot be made"):
         # workers get the spec: a user's script may have registered the id
         spec = find_spec(args.env_id)
         kwargs = json.loads(args.env_kwargs)
@@ -956,10 +968,13 @@ def foreign_code():
 
 def scalar_reward(reward) -> float:
     """A reward of one element, of whatever shape and type, as a float."""
-    reward = np.asarray(reward)
-    if reward.size != 1 or not np.isfinite(reward.astype(np.float32)).all():
+    try:
+        value = float(np.asarray(reward, np.float64).reshape(()))
+    except (TypeError, ValueError):
+        value = math.nan
+    if not abs(value) <= np.finfo(np.float32).max:
         raise ValueError(f"reward {reward} is not a finite number")
-    return float(reward.item())
+    return value
 
 
 def leaves(space: gym.Space, path: tuple = ()) -> list[tuple]:
@@ -1401,7 +1416,8 @@ class Run:
         self.agent = None  # until `begin`
         self.state = None  # the checkpoint to go on from
         self.handlers = {}  # of signals, to be restored
-        self.folder = run_folder(args)
+        self.path = run_folder(args)  # as the user reads it
+        self.folder = self.path.resolve()  # environments may change the current folder
         self.video_folder = Path("videos", run_name(self.folder, args)).resolve()
 
     def __enter__(self) -> "Run":
@@ -1451,7 +1467,7 @@ class Run:
         self.agent = agent
         parameters = sum(p.numel() for p in agent.trained())
         print(f"size: {self.args.size}, {parameters:,} trained parameters")
-        print(f"run folder: {self.folder}", flush=True)
+        print(f"run folder: {self.path}", flush=True)
 
     def load(self, agent: Agent, state: dict) -> None:
         """Weights, optimizer, replay and random state of a checkpoint."""
@@ -1525,10 +1541,13 @@ class Run:
                 signal.signal(number, handler)
             if self.writes:
                 self.lock.release()
-            if self.agent is None and not self.args.resume:  # nothing has begun
+            if self.agent is None and not self.args.resume:  # nothing has begun: leave nothing
                 shutil.rmtree(self.folder, ignore_errors=True)
+                for parent in self.folder.parents[: len(self.path.parents) - 1]:
+                    with suppress(OSError):  # other runs are there
+                        parent.rmdir()
         if self.stopped:
-            resume = f"python dreamerv3.py --resume {self.folder}"
+            resume = f"python dreamerv3.py --resume {self.path}"
             print(f"stopped at step {self.step:,}; continue with: {resume}")
             sys.exit(128 + self.stopped)
 
@@ -1665,10 +1684,9 @@ class Log:
 
 def run_folder(args: Args) -> Path:
     """That of --resume, which may name a file in it, or else runs/{env_id}__{exp_name}__{seed}__
-    {time}, without characters that a file system refuses. It is absolute, since environments may
-    change the current folder."""
+    {time}, without characters that a file system refuses."""
     if args.resume:
-        path = Path(args.resume).resolve()
+        path = Path(args.resume)
         return path if path.is_dir() else path.parent
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     for character in '<>:"\\|?*':
@@ -1676,7 +1694,7 @@ def run_folder(args: Args) -> Path:
     names = [name]
     if dist.is_initialized():
         dist.broadcast_object_list(names)  # one folder for all
-    return Path("runs", names[0]).resolve()
+    return Path("runs", names[0])
 
 
 def lock_folder(folder: Path, args: Args) -> FileLock:
@@ -1696,7 +1714,7 @@ def lock_folder(folder: Path, args: Args) -> FileLock:
 def run_name(folder: Path, args: Args) -> str:
     """The name in a run folder's path; ids and experiment names may contain slashes."""
     parts = 1 + args.env_id.count("/") + args.exp_name.count("/")
-    return "/".join(folder.parts[-parts:])
+    return "/".join(folder.resolve().parts[-parts:])
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -1832,6 +1850,7 @@ def evaluate(
     with blame(f"an evaluation needs an environment of its own, {args.env_id} cannot be made"):
         kwargs = json.loads(args.env_kwargs)
         env = make_env(args.env_id, args.image_size, args.action_repeat, kwargs, videos, True)
+    mode = args.eval_action == "mode"
     returns = []
     steps = 0
     with closing(env), torch.random.fork_rng(cuda):
@@ -1842,7 +1861,7 @@ def evaluate(
         while len(returns) < episodes and not (run and run.stopped):
             inputs = {key: torch.as_tensor(x[None]).to(device) for key, x in obs.items()}
             first = torch.tensor([is_first], device=device)
-            action, state = policy(agent, inputs, state, first, args.eval_action == "mode")
+            action, state = policy(agent, inputs, state, first, mode=mode)
             action = decode_action(action, agent.action)[0].cpu().numpy()
             obs, _, terminated, truncated, info = env.step(action)
             is_first = terminated or truncated

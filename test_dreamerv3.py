@@ -1,7 +1,15 @@
-"""Tests: closed-form values, the official code's numbers (GOLDEN_DIR: a folder of others), replay, the program."""
+"""Tests: equations by hand, the official code's numbers, layers, replay, environments, the program.
+
+pytest -k closed_form    equations against numbers of a pocket calculator, in seconds
+pytest -k golden         numbers of the official code; GOLDEN_DIR: a folder of other files
+pytest -m "not slow"     without what waits for a compiler
+"""
 
 import ast
 import gc
+import importlib
+import io
+import json
 import math
 import os
 import re
@@ -10,8 +18,12 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 from unittest.mock import MagicMock, Mock
 
 import cv2
@@ -22,686 +34,187 @@ import torch
 from gymnasium import spaces
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from torch.utils.tensorboard import SummaryWriter
 
 import dreamerv3
 import networks
 from dreamerv3 import SIZES, Agent, Args
-from networks import ActionSpec, ObsSpec, Size
+from networks import ActionSpec, ObsSpec, Size, TwoHot
 from replay import Replay
 
+ROOT = Path(__file__).parent
+
 TINY = Size(deter=32, hidden=16, units=16, classes=4, depth=4, groups=4, blocks=4)
+VECTOR = {"vector": ObsSpec((5,))}
 SPECS = {
     "image": ObsSpec((48, 64, 3)),
     "gray": ObsSpec((48, 64, 1)),
     "vector": ObsSpec((5,)),
-    "kind": ObsSpec((2,), 3),
+    "kind": ObsSpec((2,), classes=3),
 }
 THREE = ActionSpec((3,), 3)
-ROOT = Path(__file__).parent
-README = (ROOT / "README.md").read_text()
-PONG, CRAFTER = "examples.protocols:PongFull-v5", "examples.crafter_env:Crafter-v0"
-# flags of short runs: in this process with a tiny model, or as a program
-QUICK = "--no-compile --batch-size 4 --batch-length 8 --train-ratio 16 --imagination-horizon 2 --size 1m"
-QUICK += " --precision float32 --learning-starts 40"
-CHAIN = f"{QUICK} --env-id DreamerChain-v0 --buffer-size 60"
-FAST = "--no-compile --batch-size 4 --batch-length 16 --train-ratio 16 --learning-starts 64 --imagination-horizon 3"
+
+# a short run: an update replays 32 steps, one is due every 2 agent steps from step 40 on
+QUICK = {
+    "compile": False,
+    "size": "1m",
+    "precision": "float32",
+    "learning_starts": 40,
+    "batch_size": 4,
+    "batch_length": 8,
+    "train_ratio": 16,
+    "imagination_horizon": 2,
+}
 
 
+# === helpers ======================================================================================
 @pytest.fixture(autouse=True)
 def seeded():
+    """Every test starts from the same random numbers, and in eager mode."""
     torch.manual_seed(0)
+    torch.compiler.set_stance("force_eager")
 
 
 @pytest.fixture
 def argmax_sampling(monkeypatch):
-    """As the golden files were made: the argmax for categoricals and mean + 0.5 std for normals."""
-    monkeypatch.setattr(networks, "sample_index", lambda probs, u: probs.argmax(-1))
-    monkeypatch.setattr(
-        networks.Actor, "noise", lambda self, *shape: torch.full((*shape, self.action.size), 0.5)
-    )
+    """Samples as in the golden files: argmax of categoricals, mean + 0.5 std of normals."""
+
+    def argmax(probs: Tensor, u: Tensor) -> Tensor:
+        return probs.argmax(-1)
+
+    def half(actor: networks.Actor, *shape: int) -> Tensor:
+        return torch.full((*shape, actor.action.size), 0.5)
+
+    monkeypatch.setattr(networks, "sample_index", argmax)
+    monkeypatch.setattr(networks.Actor, "noise", half)
     torch._dynamo.reset()  # compiled functions must not remember another sampling
 
 
-def make_agent(specs=None, action=THREE, **flags) -> tuple[Agent, Args]:
-    args = Args(**{"precision": "float32", "imagination_horizon": 3, "warmup_updates": 1} | flags)
-    agent = Agent(specs or {"vector": ObsSpec((5,))}, action, TINY, args)
+def make_agent(specs=None, action: ActionSpec = THREE, **flags) -> tuple[Agent, Args]:
+    """An agent of size TINY, for a vector of 5 numbers if there are no specs, and its flags."""
+    flags.setdefault("precision", "float32")
+    flags.setdefault("imagination_horizon", 3)
+    flags.setdefault("warmup_updates", 1)
+    args = Args(**flags)
+    agent = Agent(specs or VECTOR, action, TINY, args)
     for head in (agent.reward, agent.critic, agent.slow_critic):
-        torch.nn.init.normal_(head[1].weight)  # outscale 0 would pass nothing on
+        nn.init.normal_(head[1].weight)  # outscale 0 would pass nothing on
     return agent, args
+
+
+def random_obs(rng: np.random.Generator, spec: ObsSpec, lead: tuple) -> np.ndarray:
+    """Random observations of one key, (*lead, *spec.shape)."""
+    shape = (*lead, *spec.shape)
+    if spec.is_image:
+        return rng.integers(0, 256, shape, np.uint8)
+    if spec.classes:
+        return rng.integers(0, spec.classes, shape, np.int32)
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def random_action(rng: np.random.Generator, spec: ActionSpec, lead: tuple) -> np.ndarray:
+    """Random actions as the replay buffer stores them, (*lead, components)."""
+    if spec.nvec:
+        return rng.integers(0, spec.nvec, (*lead, len(spec.nvec)), np.int32)
+    return rng.normal(size=(*lead, spec.size)).astype(np.float32)
 
 
 def make_batch(agent: Agent, batch: int = 2, length: int = 6) -> dict:
     """A random batch as train_step takes it."""
-    rng, nvec, shape = np.random.default_rng(0), agent.action.nvec, (batch, length)
-    out = {key: rng.random(shape) < 0.2 for key in ("is_first", "is_last", "is_terminal")}
-    out["reward"] = rng.normal(size=shape).astype(np.float32)
-    for key, spec in agent.specs.items():
-        size = (*shape, *spec.shape)
-        x = (
-            rng.normal(size=size)
-            if spec.dtype == "float32"
-            else rng.integers(0, spec.classes or 256, size)
-        )
-        out[f"obs/{key}"] = x.astype(spec.dtype)
-    action = (
-        rng.integers(0, nvec, (*shape, len(nvec)))
-        if nvec
-        else rng.normal(size=(*shape, agent.action.size))
-    )
-    out["prev_action"] = action.astype(np.int32 if nvec else np.float32)
-    out["deter"] = rng.normal(size=(batch, TINY.deter)).astype(np.float16)
-    out["stoch"] = rng.integers(0, TINY.classes, (batch, TINY.groups)).astype(np.uint8)
-    return dreamerv3.batch_to_device(out, agent, torch.device("cpu"))
-
-
-# === symlog and twohot ================================================================================================
-def test_symlog_and_symexp_values():
-    x = torch.tensor([0.0, 1.0, -1.0, math.e - 1, 1e4, -1e-6])
-    expected = torch.tensor([0.0, math.log(2), -math.log(2), 1.0, math.log(10001), -1e-6])
-    torch.testing.assert_close(networks.symlog(x), expected)
-    torch.testing.assert_close(networks.symexp(expected), x)
-
-
-@pytest.mark.parametrize("space", ["symexp", "symlog"])
-def test_twohot_bins_are_symmetric_and_predict_exactly_zero_at_first(space):
-    twohot, even = networks.TwoHot(space=space, mean="exact"), torch.linspace(-20, 20, 255)
-    assert twohot.bins[127] == 0 and torch.equal(twohot.bins, -twohot.bins.flip(0))
-    torch.testing.assert_close(
-        twohot.bins, networks.symexp(even) if space == "symexp" else even, rtol=1e-4, atol=1e-6
-    )
-    assert (twohot.mean(torch.full((7, 255), 0.37)) == 0).all()
-    agent = Agent(
-        {"vector": ObsSpec((5,))}, THREE, TINY, Args(twohot=space, twohot_mean="exact", bins=31)
-    )
-    for head in (agent.reward, agent.critic, agent.slow_critic):  # outscale 0
-        logits = head(torch.randn(9, 48))
-        assert logits.shape == (9, 31) and (agent.twohot.mean(logits) == 0).all()
-
-
-@pytest.mark.parametrize("space", ["symexp", "symlog"])
-def test_twohot_weighs_the_two_bins_around_a_target(space):
-    """The loss is the cross-entropy with these weights, the mean under them is the target, cut to the bins' range."""
-    twohot, logits = (
-        networks.TwoHot(space=space),
-        torch.randn(255).bfloat16(),
-    )  # as autocast gives them
-    bins = twohot.bins.double()
-    for value in torch.tensor([0.0, 0.3, -2.5, 123.0, 1000.0, -1e5, twohot.bins[200], 1e12, -1e12]):
-        target = (
-            (networks.symlog(value) if space == "symlog" else value)
-            .double()
-            .clamp(bins[0], bins[-1])
-        )
-        above = int((bins < target).sum().clamp(1, 254))
-        low, high = bins[above - 1], bins[above]
-        encoding = torch.zeros(255, dtype=torch.float64)
-        encoding[above - 1], encoding[above] = (
-            (high - target) / (high - low),
-            (target - low) / (high - low),
-        )
-        expected = -(encoding * logits.double().log_softmax(0)).sum()
-        assert twohot.loss(logits, value).item() == pytest.approx(expected.item(), rel=1e-5)
-        expected = networks.symexp(target) if space == "symlog" else target
-        assert twohot.mean((encoding + 1e-30).log()).item() == pytest.approx(
-            expected.item(), rel=1e-3, abs=1e-3
-        )
-
-
-# === distributions and layers: what the golden numbers below do not reach =============================================
-def test_categoricals():
-    u = (torch.arange(10_000) + 0.5) / 10_000
-    counts = networks.sample_index(torch.tensor([0.1, 0.6, 0.3]).expand(10_000, 3), u).bincount()
-    assert counts.tolist() == [1000, 6000, 3000]
-    assert networks.sample_index(torch.tensor([1.0, 0.0, 0.0]), torch.tensor(0.9999999)).item() == 0
-    assert (
-        networks.sample_index(torch.tensor([0.2, 0.2, 0.2]), torch.tensor(0.99)).item() == 2
-    )  # a sum below 1
-    # independent categoricals agree with torch
-    logits, index = [torch.randn(6, 3), torch.randn(6, 4)], torch.arange(6)
-    dist, reference = (
-        networks.MultiOneHot(logits, 0.0),
-        [torch.distributions.Categorical(logits=x) for x in logits],
-    )
-    action = torch.cat([torch.eye(n)[index % n] for n in (3, 4)], -1)
-    torch.testing.assert_close(
-        dist.log_prob(action), sum(d.log_prob(index % len(d.probs[0])) for d in reference)
-    )
-    torch.testing.assert_close(dist.entropy(), sum(d.entropy() for d in reference))
-    spec = ActionSpec((3, 4), 7)
-    torch.testing.assert_close(
-        dreamerv3.encode_action(dreamerv3.decode_action(action, spec), spec), action
-    )
-    u = torch.tensor([0.0, 0.9999999]).expand(
-        6, 2
-    )  # the first class of the first, the last of the second
-    assert dist.sample(u).nonzero()[:, 1].tolist() == [0, 6] * 6
-    recon, target = (
-        torch.randn(2, 6, 2, 3),
-        torch.randint(3, (2, 6, 2)),
-    )  # of a discrete observation
-    expected = -torch.distributions.Categorical(logits=recon).log_prob(target).sum(-1)
-    torch.testing.assert_close(dreamerv3.recon_loss(recon, target), expected)
-    rssm, zeros = (agent := make_agent(unimix=1.0)[0]).rssm, torch.zeros(500, 3, 16)
-    feat, action = dreamerv3.imagine(agent, *rssm.initial(500)[:2], 3)
-    _, seen, _ = rssm.observe(*rssm.initial(500)[:2], zeros[..., :3], zeros, zeros[..., 0] == 0)
-    acted = dreamerv3.policy(
-        agent, {"vector": torch.zeros(500, 5)}, rssm.initial(500), zeros[:, 0, 0] == 0
-    )[1][1]
-    for x in (
-        action,
-        z := feat[:, 1:, 32:].unflatten(-1, (4, 4)),
-        seen,
-        z.swapaxes(1, 2),
-        seen.swapaxes(1, 2),
-        acted,
-    ):
-        assert (x[:, 1:] * x[:, :-1]).sum(-1).mean(
-            0
-        ).max() < 0.7  # every step and every group has noise of its own
-
-
-def test_layers():
-    layer = networks.linear(400, 300, 0.5)
-    assert layer.weight.std().item() == pytest.approx(0.5 / math.sqrt(400), rel=0.02)
-    assert (
-        layer.weight.abs().max().item() <= 0.5 * 2 * 1.1368 / math.sqrt(400)
-        and not layer.bias.any()
-    )
-    block = networks.BlockLinear(256, 512, 8, shared=96)
-    assert block.weight.std().item() == pytest.approx(
-        1 / math.sqrt(256 + 8 * 96), rel=0.02
-    )  # full input width
-    assert networks.conv5(16, 64).weight.std().item() == pytest.approx(
-        1 / math.sqrt(25 * 16), rel=0.02
-    )
-    noise = (actor := networks.Actor(400, 300, ActionSpec((), 2), 0.0)).noise(10_000)
-    assert (noise.T @ noise / 10_000 - torch.eye(2)).abs().max() < 0.06 and actor.outs[
-        0
-    ].weight.std() < 0.01
-    # upsampling and convolving equals its definition
-    conv, x = (
-        networks.conv5(3, 4).double(),
-        torch.randn(2, 3, 6, 5, dtype=torch.float64),
-    )  # not square
-    conv.bias.data.normal_()
-    expected = conv(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
-    torch.testing.assert_close(networks.upsample_conv(x, conv), expected)
-
-
-COUNTS = """686456 640477 10492616 9736477 23487016 21780637 41646984 38608925 93463624 86617885 165942536 153763357
-372887176 345463837"""  # with 6 discrete actions and a 64x64x3 image | a vector of 24 numbers, 1m to 400m
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_parameter_counts_of_the_official_code(size):
-    i = list(SIZES).index(size)
-    for spec, count in zip(
-        (ObsSpec((64, 64, 3)), ObsSpec((24,))), COUNTS.split()[2 * i :], strict=False
-    ):
-        with torch.device("meta"):
-            agent = Agent({"obs": spec}, ActionSpec((6,), 6), SIZES[size], Args())
-        assert sum(p.numel() for p in agent.trained()) == int(count)
-
-
-# === returns, optimizer, flags ========================================================================================
-@pytest.mark.parametrize(
-    "shape", [(1,), (2, 1), (21,), (16, 15)]
-)  # 21: the ranks are whole numbers
-def test_return_range_follows_the_percentiles(shape):
-    returns, norm = 1000 * torch.randn(shape), dreamerv3.ReturnNorm()
-    assert norm.scale == 1
-    lo, hi = np.percentile(returns.numpy(), [5, 95])
-    for share in (0.01, 0.0199):
-        norm.update(returns)
-        np.testing.assert_allclose([norm.lo, norm.hi], [share * lo, share * hi], rtol=1e-5)
-    np.testing.assert_allclose(norm.scale, max(1, share * (hi - lo)), rtol=1e-5)
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
-def test_lambda_return_equals_the_weighted_sum_of_n_step_returns(lam):
-    rng, length, disc = np.random.default_rng(0), 7, 0.97
-
-    def n_step(t: int, n: int) -> float:
-        """n discounted rewards and then the value, or fewer where the episode ends."""
-        if n == 0:
-            return boot[t]
-        return reward[t + 1] + disc * (not term[t + 1]) * n_step(t + 1, 0 if last[t + 1] else n - 1)
-
-    for _ in range(20):
-        reward, boot, term = (
-            rng.normal(size=length),
-            rng.normal(size=length),
-            rng.random(length) < 0.15,
-        )
-        last, expected = term | (rng.random(length) < 0.15), []
-        for t in range(length - 1):
-            steps = length - 1 - t
-            weights = [(1 - lam) * lam ** (n - 1) for n in range(1, steps)] + [lam ** (steps - 1)]
-            expected.append(sum(w * n_step(t, n) for n, w in enumerate(weights, 1)))
-        out = dreamerv3.lambda_return(
-            *(torch.tensor(x)[None] for x in (last, term, reward, boot)), disc, lam
-        )[0]
-        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_optimizer_equals_a_plain_loop():
-    params = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.zeros(5))]
-    optimizer = dreamerv3.LaProp(params, lr=0.1, warmup=4, clip=0.3)
-    plain = [(p.detach().double(), 0.0, 0.0) for p in params]
-    for step in range(7):
-        rate = 0.1 * min(1, step / 4)  # none at first
-        for i, (p, mean, square) in enumerate(plain):
-            params[i].grad = torch.randn(p.shape) * 10 ** (step - 3)
-            g = params[i].grad.double()
-            g = g * min(1, 0.3 * max(1e-3, p.norm()) / g.norm())
-            square = 0.999 * square + 0.001 * g * g
-            mean = 0.9 * mean + 0.1 * g / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-20)
-            plain[i] = p - rate * mean / (1 - 0.9 ** (step + 1)), mean, square
-        assert optimizer.step()["charts/learning_rate"].item() == pytest.approx(rate)
-        for p, (expected, _, _) in zip(params, plain, strict=True):
-            torch.testing.assert_close(p.detach().double(), expected, rtol=1e-3, atol=1e-5)
-
-
-FLAGS = dict.fromkeys(
-    "pred_scale dyn_scale rep_scale free_nats ent_coef slow_critic_scale".split(), 3.0
-)
-FLAGS |= dict.fromkeys(
-    "gamma return_lambda unimix actor_unimix replay_critic_scale tau".split(), 0.5
-)
-FLAGS |= {"twohot": "symlog", "imagination_horizon": 2, "precision": "bfloat16"}
-
-
-@pytest.mark.parametrize("flag", FLAGS)
-def test_every_flag_of_the_update_changes_it(flag):
-    results = []
-    for flags in ({}, {flag: FLAGS[flag]}):
-        torch.manual_seed(0)
-        agent, args = make_agent(**flags)
-        _, metrics = dreamerv3.train_step(
-            agent, dreamerv3.LaProp(agent.trained(), 0.0), make_batch(agent), args
-        )
-        assert metrics["losses/dyn"] == metrics["losses/rep"] and {
-            x.dtype for x in metrics.values()
-        } == {torch.float32}
-        results.append(agent.slow_critic[1].weight if flag == "tau" else metrics["losses/total"])
-    assert not torch.equal(*results)
-
-
-# === gradients, devices, latents ======================================================================================
-class NoHostSync(TorchDispatchMode):
-    """Fails on every operation that would make the host wait for the device or has a data-dependent shape."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        forbidden = "_local_scalar_dense nonzero masked_select unique item is_nonzero equal. lift_fresh".split()
-        assert not any(name in str(function) for name in forbidden), (
-            f"{function} waits for the device"
-        )
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    "device, precision", [("cpu", "float32"), ("cpu", "bfloat16"), ("meta", "float32")]
-)
-@pytest.mark.parametrize("action", [THREE, ActionSpec((3, 2), 5), ActionSpec((), 2)])
-def test_update_stays_on_the_device_and_reaches_every_parameter(action, device, precision):
-    """On the meta device an operation that mixes devices raises, as it would on a GPU."""
-    agent, args = make_agent(SPECS, action, free_nats=0.0, precision=precision)
-    batch, agent = make_batch(agent), agent.to(device)
-    optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate)
-    batch = tree_map(lambda x: x.to(device), batch)
-    obs, state = batch["obs"], agent.rssm.initial(2)
-    with NoHostSync():
-        latents, metrics = dreamerv3.train_step(agent, optimizer, batch, args)
-        out, _ = dreamerv3.policy(
-            agent, {key: x[:, 0] for key, x in obs.items()}, state, batch["is_first"][:, 0]
-        )
-    assert {(x.device.type, x.requires_grad) for x in (out, *latents, *metrics.values())} == {
-        (device, False)
+    rng = np.random.default_rng(0)
+    lead = (batch, length)
+    arrays = {
+        "is_first": rng.random(lead) < 0.2,
+        "is_last": rng.random(lead) < 0.2,
+        "is_terminal": rng.random(lead) < 0.2,
+        "reward": rng.normal(size=lead).astype(np.float32),
+        "prev_action": random_action(rng, agent.action, lead),
+        "deter": rng.normal(size=(batch, TINY.deter)).astype(np.float16),
+        "stoch": rng.integers(0, TINY.classes, (batch, TINY.groups), np.uint8),
     }
-    assert all(device == "meta" or p.grad.any() for p in agent.trained()) and out.shape == (
-        2,
-        action.size,
-    )
+    for key, spec in agent.specs.items():
+        arrays[f"obs/{key}"] = random_obs(rng, spec, lead)
+    return dreamerv3.batch_to_device(arrays, agent, torch.device("cpu"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_captured_updates_are_the_updates(precision):
-    results = []
-    for wrap in (lambda update: update, dreamerv3.Graph):
-        torch.manual_seed(0)
-        agent, args = make_agent(SPECS, precision=precision)
-        batches = [tree_map(lambda x: x.cuda(), make_batch(agent)) for _ in range(3)]
-        batches[2]["reward"] += 1  # what a graph has to be told
-        optimizer = dreamerv3.LaProp(agent.cuda().trained(), 1e-3, warmup=1)
-        update = wrap(partial(dreamerv3.train_step, agent, optimizer, args=args))
-        results.append([update(batch) for batch in batches] + [agent.state_dict()])
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
-
-
-def test_an_update_is_captured_once_or_the_program_ends(capsys, monkeypatch):
-    monkeypatch.setattr(torch, "cuda", cuda := MagicMock())
-    graph, broken = (
-        dreamerv3.Graph(Mock(side_effect=x)) for x in (lambda x: x, [0, RuntimeError("the cause")])
-    )
-    assert [graph(torch.tensor(i)) for i in range(5)] == [*range(5)] and broken(
-        torch.ones(1)
-    ) == 0  # not overwritten
-    assert (
-        graph.function.call_count == 2 and graph.graph.replay.call_count == 4
-    )  # plainly, then captured
-    cuda.graph.return_value.__exit__.side_effect = RuntimeError("a consequence")
-    with pytest.raises(SystemExit):
-        broken(torch.ones(1))
-    assert "cannot capture a CUDA graph, add --no-cudagraphs: the cause" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("works", [True, False])
-def test_functions_are_compiled_if_a_compiler_works(works, capsys, monkeypatch):
-    monkeypatch.setattr(
-        torch, "compile", partial(torch.compile, backend=lambda graph, _: graph if works else 1 / 0)
-    )
-    monkeypatch.setattr(dreamerv3, "COMPILED", [(networks, "symlog")])
-    monkeypatch.setattr(networks, "symlog", plain := networks.symlog)  # restored afterwards
-    dreamerv3.compile_functions(torch.device("cpu"))
-    assert networks.symlog(torch.zeros(())) == 0 and (networks.symlog is plain) != works
-    assert ("cannot compile, going on in eager mode: " in capsys.readouterr().out) != works
-
-
-# === the time line ====================================================================================================
 class Chain(gym.Env):
-    """Walks 0, 1, 2, … to 5, then ends, by termination or truncation; the reward is the new position. `fault`: fails in
-    its constructor (that of a worker), at its first reset, or in its 50th step by a wrong observation or by dying."""
+    """Walks from position 0 to 5; the reward is the new position. Ends there, by termination or
+    truncation.
+
+    fault: how it fails. "constructor": there. "worker": there, in a worker process. "reset": at the
+    first reset. In its 50th step: "nan", by a wrong observation; "dies", by the end of its process;
+    "signalled", by that, after one environment has interrupted all processes as Ctrl-C does.
+    """
 
     def __init__(self, terminal: bool = True, fault: str = ""):
-        self.terminal, self.fault, self.steps, self.odd = terminal, fault, 0, None
-        self.observation_space, self.action_space = (
-            spaces.Box(-1, 99, (1,)),
-            spaces.Discrete(4, start=3),
-        )
-        assert fault != "constructor" and not (
-            fault == "worker" and torch.multiprocessing.parent_process()
-        ), "broken"
+        self.terminal = terminal
+        self.fault = fault
+        self.steps = 0
+        self.odd = None
+        self.observation_space = spaces.Box(-1, 99, (1,))
+        self.action_space = spaces.Discrete(4, start=3)
+        in_worker = torch.multiprocessing.parent_process() is not None
+        assert fault != "constructor", "broken"
+        assert fault != "worker" or not in_worker, "broken"
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         assert self.fault != "reset", "two\nlines"
-        self.position, self.odd = (
-            0,
-            self.odd if seed is None else seed % 2 or None,
-        )  # Gymnasium cannot join 1 and None
+        if seed is not None:
+            self.odd = 1 if seed % 2 else None  # infos that Gymnasium cannot join
+        self.position = 0
         return np.zeros(1, np.float32), {"odd": self.odd}
 
     def step(self, action):
-        assert action in self.action_space and self.position < 5
-        self.position, self.steps = self.position + 1, self.steps + 1
-        fails, end = (
-            self.fault * (self.steps == 50 and os.environ.get("RANK") != "0"),
-            self.position == 5,
-        )
-        if fails == "signalled" and self.odd:
+        assert action in self.action_space
+        assert self.position < 5
+        self.position += 1
+        self.steps += 1
+        obs = np.full(1, self.position, np.float32)
+        if self.steps == 50 and os.environ.get("RANK") != "0":
+            self.fail(obs)
+        end = self.position == 5
+        terminated = end and self.terminal
+        truncated = end and not self.terminal
+        return obs, self.position, terminated, truncated, {"odd": self.odd}
+
+    def fail(self, obs: np.ndarray) -> None:
+        if self.fault == "nan":
+            obs[:] = math.nan
+        if self.fault == "signalled" and self.odd:
             os.killpg(os.getpgid(os.getppid()), signal.SIGINT)  # as a terminal does
-        if fails in ("dies", "signalled"):
+        if self.fault in ("dies", "signalled"):
             os._exit(1)
-        obs = np.full(1, math.nan if fails == "nan" else self.position, np.float32)
-        return (
-            obs,
-            self.position,
-            end and self.terminal,
-            end and not self.terminal,
-            {"odd": self.odd},
-        )
 
 
-FAULTS = {
-    "nan": "ValueError: observation 'obs' is declared .* came as .*nan",
-    "reset": "AssertionError: two lines",
-}
-FAULTS |= {"dies": "EOFError: its process is gone", "constructor": "AssertionError: broken"}
-for fault in [*FAULTS, "worker", "signalled"]:
-    gym.register(f"Dreamer-{fault}-v0", Chain, kwargs={"fault": fault}, order_enforce=False)
 gym.register("DreamerChain-v0", Chain)
 gym.register("DreamerTruncatedChain-v0", Chain, kwargs={"terminal": False})
+for fault in ("constructor", "worker", "reset", "nan", "dies", "signalled"):
+    gym.register(f"Dreamer-{fault}-v0", Chain, kwargs={"fault": fault}, order_enforce=False)
 
 
-@pytest.fixture
-def program(tmp_path, monkeypatch):
-    """The program in this process, its model tiny and its folder tmp_path: flags, exit status -> the run folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *args: None)  # Ctrl-C stays pytest's
-    monkeypatch.setitem(dreamerv3.SIZES, "1m", TINY)
-
-    def main(flags: str, status: int = 0) -> Path | None:
-        with pytest.raises(SystemExit) as stop:
-            dreamerv3.main(flags.split())
-        assert (stop.value.code or 0) == status
-        return max(
-            tmp_path.glob("runs/**/episodes.csv"), key=os.path.getmtime, default=tmp_path
-        ).parent
-
-    return main
-
-
-@pytest.mark.parametrize("env_id", ["DreamerChain-v0", "DreamerTruncatedChain-v0"])
-@pytest.mark.parametrize("windows", ["episode", "stream"])
-def test_alignment_on_a_chain(env_id, windows, program, monkeypatch):
-    """The loop stores, and replay returns, exactly the time line drawn at the top of dreamerv3.py."""
-    seen, written, convert, write = [], [], dreamerv3.batch_to_device, Replay.update_latents
-    monkeypatch.setattr(
-        dreamerv3,
-        "batch_to_device",
-        lambda batch, *rest: seen.append(batch) or convert(batch, *rest),
-    )
-    monkeypatch.setattr(
-        Replay, "update_latents", lambda *x, **kw: written.append(x[0].windows) or write(*x, **kw)
-    )
-    program(
-        f"{QUICK} --env-id {env_id} --total-timesteps 90 {'--replay-windows stream' * (windows == 'stream')}"
-    )
-    assert len(seen) == 25 and written == [windows] * 25
-    assert (
-        seen[0]["deter"].any() and seen[0]["stoch"].any()
-    )  # the latents that the agent had when it acted
-    for batch in seen:
-        x, r = batch["obs/obs"][..., 0], batch["reward"]
-        assert (
-            batch["is_first"] >= (x == 0)
-        ).all()  # a reset shows position 0; a row may also start over elsewhere
-        np.testing.assert_array_equal(r, x)  # reward[t] arrives with obs[t], 0 on resets
-        assert (batch["is_last"] >= (x == 5)).all()
-        np.testing.assert_array_equal(
-            batch["is_terminal"], (x == 5) & (env_id == "DreamerChain-v0")
-        )
-        follows = x[:, 1:] == x[:, :-1] + 1
-        np.testing.assert_array_equal(follows, ~batch["is_first"][:, 1:])
-        np.testing.assert_array_equal(batch["is_last"][:, :-1], batch["is_first"][:, 1:])
-
-
-# === replay ===========================================================================================================
-FIELDS = {"obs/x": ((3,), np.float32), "action": ((1,), np.int32), "reward": ((), np.float32)}
-FIELDS |= {
-    "deter": ((3,), np.float16),
-    "stoch": ((2,), np.uint8),
-    "obs/a.b": ((), "i4"),
-    "obs/a/b": ((), "i4"),
-}
-FULL_DISK = [None] * 8 + [
-    OSError(28, "No space left on device")
-]  # when the clock is made, the last of nine files
-
-
-def fill(replay: Replay, steps: int, lengths, seed: int = 0) -> None:
-    """Add steps whose observation is (environment, time, steps left), in episodes of these lengths; the last is cut."""
-    rng, envs = np.random.default_rng(seed), replay.num_envs
-    first, left = np.ones(envs, bool), rng.choice(lengths, envs)
-    for now in range(replay.now, replay.now + steps):
-        last, time = left == 1, np.full(envs, now)
-        step = {
-            "obs/x": np.stack([np.arange(envs), time, left], 1),
-            "action": time[:, None],
-            "reward": time,
-        }
-        step |= {
-            "is_first": first,
-            "is_last": last,
-            "is_terminal": last,
-            "obs/a.b": time,
-            "obs/a/b": left,
-        }
-        step |= {"deter": np.zeros((envs, 3)), "stoch": np.full((envs, 2), now % 200)}
-        for value in step.values():
-            value.flags.writeable = False  # add must not change its input
-        replay.add(step)
-        first, left = last, np.where(last, rng.choice(lengths, envs), left - 1)
-
-
-@pytest.mark.parametrize("windows", ["episode", "stream"])
-@pytest.mark.parametrize("lengths", [[1], [3, 5], [8], [7, 9, 30], [40, 50], [10_000]])
-def test_sampled_rows_are_contiguous_and_seams_are_marked(windows, lengths):
-    replay = Replay(600, 2, FIELDS, 8, windows)
-    for steps in (20, 270, 37, 500):  # not full, just full, past the write head, far past it
-        fill(replay, steps, lengths)
-        kept = min(replay.now, 300)
-        assert len(replay) == 2 * kept
-        for _ in range(50):
-            batch, (env, time) = replay.sample(16)
-            first, last, left = batch["is_first"], batch["is_last"], batch["obs/x"][..., 2]
-            np.testing.assert_array_equal(batch["obs/x"][..., 0], np.broadcast_to(env, (16, 8)))
-            np.testing.assert_array_equal(batch["obs/x"][..., 1], time)
-            np.testing.assert_array_equal(batch["reward"], time)
-            assert time.min() >= replay.now - kept and time.max() < replay.now
-            follows = time[:, 1:] == time[:, :-1] + 1
-            assert (follows | first[:, 1:]).all()
-            np.testing.assert_array_equal(
-                last[:, :-1], first[:, 1:]
-            )  # also where an episode was cut
-            np.testing.assert_array_equal(batch["is_terminal"], left == 1)
-            # the action and the latent before each step are those of the step before it, unless the state is reset
-            assert (first | (batch["prev_action"][..., 0] == time - 1)).all()
-            assert (first[:, 0] | (batch["stoch"][:, 0] == (time[:, 0] - 1) % 200)).all()
-            assert (
-                first[:, 0] | (time[:, 0] > replay.now - kept)
-            ).all()  # the step before is still kept
-            np.testing.assert_array_equal(
-                first[:, 0], replay.data["is_first"][env[:, 0], time[:, 0] % replay.slots]
-            )
-            if windows == "episode":
-                assert not (last[:, :-1] & follows).any()  # never on into the next episode
-            for value in batch.values():
-                value[:] = 1  # a copy, or the next batches would be wrong
-
-
-def test_episode_windows_draw_every_step_equally_often():
-    """Within six standard deviations; a row shows a step of a short episode several times, so that rows are counted."""
-    lengths, draws = [3, 40, 64, 65, 100, 200, 1000], 4000
-    replay, step = (
-        Replay(2944, 2, FIELDS, 64),
-        {name: np.zeros((2, *shape)) for name, (shape, _) in FIELDS.items()},
-    )
-    for left, length in ((t, x) for x in lengths for t in reversed(range(x))):
-        last = np.full(2, left == 0)
-        replay.add(
-            step
-            | {"is_first": np.full(2, left == length - 1), "is_last": last, "is_terminal": last}
-        )
-    replay.online.clear()
-    counts = np.bincount(
-        np.ravel([1472 * env + time for _, (env, time) in map(replay.sample, [16] * draws)])
-    )
-    for episode in np.split(counts / counts.mean(), np.cumsum(lengths * 2)[:-1]):
-        noise = 6 * np.sqrt(2944 / (16 * draws * min(64, len(episode))))
-        assert np.abs(episode - 1).max() < noise, (
-            len(episode),
-            noise,
-        )  # terminal steps, the last ones, too
-
-
-def test_a_stretch_is_used_once_when_it_is_complete():
-    replay, episodes = Replay(400, 2, FIELDS, 8, "stream"), Replay(400, 1, FIELDS, 8, "episode")
-    fill(replay, 16, [1000])
-    assert replay.online == {0: 8, 1: 8}
-    for n, env in (1, 0), (3, 1):
-        _, index = replay.sample(n)
-        assert (
-            index[0].shape == (n, 1)
-            and index[0][0] == env
-            and index[1][0].tolist() == list(range(8, 16))
-        )
-    assert not replay.online
-    fill(episodes, 30, [12])
-    assert episodes.online == {
-        0: 16 - 4
-    }  # the first eight steps of the second episode; the third is too young
-    fill(episodes, 500, [3])  # overwrites them
-    assert episodes.sample(4)[1][1].min() > episodes.now - 400 and not episodes.online
-
-
-def test_latents_are_written_back_unless_their_step_is_gone():
-    replay = Replay(40, 2, FIELDS, 4)
-    fill(replay, 20, [9])
-    _, (env, time) = replay.sample(5)
-    deter = np.random.default_rng(0).normal(size=(5, 4, 3))
-    replay.update_latents((env, time), deter, np.full((5, 4, 2), 7))
-    assert (replay.data["stoch"][env, time % replay.slots] == 7).all()
-    np.testing.assert_allclose(
-        replay.data["deter"][env[-1], time[-1] % replay.slots], deter[-1], rtol=1e-3
-    )
-    fill(replay, 20, [9])
-    before = replay.data["stoch"].copy()
-    replay.update_latents((env, time), deter, np.full((5, 4, 2), 9))
-    np.testing.assert_array_equal(before, replay.data["stoch"])
-
-
-@pytest.mark.parametrize("windows", ["episode", "stream"])
-def test_replay_goes_on_from_its_files(windows, tmp_path):
-    kept = Replay(60, 2, FIELDS, 8, windows, folder=tmp_path)
-    fill(kept, 45, [5, 13])
-    again = Replay(60, 2, FIELDS, 8, windows, seed=9, folder=tmp_path)
-    again.load_state_dict(kept.state_dict())
-    for _ in range(20):
-        (a, _), (b, _) = kept.sample(6), again.sample(6)
-        assert all(np.array_equal(a[k], b[k]) for k in a) and (a["obs/a.b"] == a["reward"]).all()
-    state = kept.state_dict() | {"online": {0: 1}}
-    fill(kept, 9, [5, 13])
-    again = Replay(60, 2, FIELDS, 8, windows, folder=tmp_path)
-    again.load_state_dict(state)
-    assert not again.online  # that of the state is of another moment
-    with pytest.raises(ValueError, match="this run needs"):
-        Replay(80, 2, FIELDS, 8, windows, folder=tmp_path)
-    os.truncate(tmp_path / "reward.npy", os.path.getsize(tmp_path / "reward.npy") - 20)
-    with pytest.raises(
-        ValueError, match="shorter than|greater than file size"
-    ):  # never zeros for what was stored
-        Replay(60, 2, FIELDS, 8, windows, folder=tmp_path)
-    (tmp_path / "reward.npy").unlink()
-    with pytest.raises(FileNotFoundError):
-        Replay(60, 2, FIELDS, 8, windows, folder=tmp_path)
-
-
-def test_replay_refuses_what_cannot_work():
-    with pytest.raises(ValueError, match="capacity of 16"):
-        Replay(16, 2, FIELDS, 8)
-    with pytest.raises(ValueError, match="nothing to sample"):
-        Replay(100, 1, FIELDS, 8).sample(1)
-    assert Replay.bytes_per_step(FIELDS) == 12 + 4 + 4 + 6 + 2 + 4 + 4 + 3 + 20
-
-
-# === environments =====================================================================================================
 class Everything(gym.Env):
-    """Every kind of space, nested."""
+    """Every kind of space, nested. Ends by truncation after five steps."""
 
     observation_space = spaces.Dict(
         camera=spaces.Box(0, 255, (20, 30, 1), np.uint8),
         tuple=spaces.Tuple((spaces.Discrete(3, start=5), spaces.MultiBinary(4))),
-        deep=spaces.Dict(multi=spaces.MultiDiscrete([2, 7]), bool=spaces.Box(0, 1, (), bool)),
+        deep=spaces.Dict(
+            multi=spaces.MultiDiscrete([2, 7]),
+            bool=spaces.Box(0, 1, (), bool),
+        ),
         small=spaces.Box(0, 255, (10, 10, 3), np.uint8),
         double=spaces.Box(-1, 1, (2, 2), np.float64),
     )
 
-    def __init__(self, action_space=None):
-        self.action_space, self.actions = action_space or spaces.MultiDiscrete([2, 3]), []
+    def __init__(self, action_space: gym.Space | None = None):
+        if action_space is None:
+            action_space = spaces.MultiDiscrete([2, 3])
+        self.action_space = action_space
+        self.actions = []
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -711,1147 +224,4642 @@ class Everything(gym.Env):
     def step(self, action):
         assert self.action_space.contains(action), (action, self.action_space)
         self.actions.append(action)
-        return self.observation_space.sample(), 1.0, False, len(self.actions) % 5 == 0, {}
+        truncated = len(self.actions) % 5 == 0
+        return self.observation_space.sample(), 1.0, False, truncated, {}
 
 
 gym.register("DreamerEverything-v0", Everything)
 
 
-def test_adapter_flattens_every_space():
-    env = dreamerv3.Adapter(Everything(), 48)
-    specs = {"camera": ObsSpec((48, 48, 1)), "small": ObsSpec((300,)), "double": ObsSpec((4,))}
-    specs |= {"tuple/0": ObsSpec((), 3), "tuple/1": ObsSpec((4,), 2)}
-    specs |= {"deep/multi": ObsSpec((2,), 7), "deep/bool": ObsSpec((1,))}
-    assert env.specs == specs
-    obs, _ = env.reset(seed=0)
-    assert (
-        env.observation_space.contains(obs)
-        and obs["tuple/0"] in (0, 1, 2)
-        and env.action_spec.nvec == (2, 3)
-    )
-    assert dreamerv3.obs_spec(spaces.Box(0, 255, (3, 64, 64), np.uint8), 64) == ObsSpec(
-        (12288,)
-    )  # channels first
-    env = Everything()
-    env.observation_space = spaces.Box(
-        0, 255, (84, 84, 7), np.uint8
-    )  # OpenCV refuses 7 channels here
-    stack = env.observation_space.sample()
-    single = [cv2.resize(stack[..., i], (64, 64), interpolation=cv2.INTER_AREA) for i in range(7)]
-    np.testing.assert_array_equal(
-        dreamerv3.Adapter(env, 64).observation(stack)["obs"], np.stack(single, -1)
-    )
+def as_flags(flags: dict) -> list[str]:
+    """{"num_envs": 2, "compile": False} -> ["--num-envs", "2", "--no-compile"]"""
+    argv = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if value is True:
+            argv.append(f"--{flag}")
+        elif value is False:
+            argv.append(f"--no-{flag}")
+        else:
+            argv.append(f"--{flag}")
+            argv.append(str(value))
+    return argv
 
 
-ACTIONS = [
-    (spaces.Discrete(3, start=-1), ActionSpec((3,), 3), [2], 1),
-    (
-        spaces.MultiDiscrete([[2, 3], [4, 5]]),
-        ActionSpec((2, 3, 4, 5), 14),
-        [1, 2, 3, 4],
-        [[1, 2], [3, 4]],
-    ),
-    (spaces.MultiBinary(3), ActionSpec((2, 2, 2), 6), [1, 0, 1], [1, 0, 1]),
-    (
-        spaces.Box(np.array([[0.0, -4.0]]), np.array([[1.0, 8.0]])),
-        ActionSpec((), 2),
-        [-3.0, 0.5],
-        [[0.0, 5.0]],
-    ),
-    (
-        spaces.Box(-3.6, 2.2, (1,)),
-        ActionSpec((), 1),
-        [1.0],
-        [np.float32(2.2)],
-    ),  # rounding would exceed it
-    (spaces.Box(-3.4e38, np.inf, (2,)), ActionSpec((), 2), [-3.0, 0.25], [-1.0, 0.25]),
-    (
-        spaces.Box(np.array([0, -np.inf]), np.array([np.inf, 4])),
-        ActionSpec((), 2),
-        [1.0, -1.0],
-        [2.0, 2.0],
-    ),
-    (spaces.Box(0, 10, (1,), np.int64), ActionSpec((), 1), [0.1], [6]),
+class Program:
+    """The program in this process, with a tiny model, in a folder of its own. `out` and `err` are
+    what its last call printed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.out = ""
+        self.err = ""
+
+    @contextmanager
+    def inside(self):
+        """What the program sees: its folder, the tiny model."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setattr(signal, "signal", Mock())  # Ctrl-C stays pytest's
+            patch.setitem(dreamerv3.SIZES, "1m", TINY)
+            yield
+
+    def call(self, *argv: str, **flags) -> int:
+        """Run it with these arguments: -> its exit status."""
+        out = io.StringIO()
+        err = io.StringIO()
+        try:
+            with self.inside(), redirect_stdout(out), redirect_stderr(err):
+                dreamerv3.command_line([*argv, *as_flags(flags)])
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            self.out = out.getvalue()
+            self.err = err.getvalue()
+        return 0
+
+    def train(self, **flags) -> Path:
+        """A run with these flags, else QUICK and the defaults: -> its folder."""
+        assert self.call(**dict(QUICK, **flags)) == 0, self.err
+        return self.run_folder()
+
+    def resume(self, path: Path, **flags) -> Path:
+        """Go on with a run, under its stored flags and these: -> its folder."""
+        assert self.call(resume=path, **flags) == 0, self.err
+        return self.run_folder()
+
+    def run_folder(self) -> Path:
+        """The folder that the last call printed."""
+        return self.folder / re.search("run folder: (.*)", self.out)[1]
+
+
+@pytest.fixture
+def program(tmp_path) -> Program:
+    return Program(tmp_path)
+
+
+# === closed form: numbers that a pocket calculator can check ======================================
+def rounded(tensor: Tensor, digits: int = 5) -> list:
+    """As nested lists of numbers with a few digits, to be read and compared."""
+    return np.round(tensor.detach().double().numpy(), digits).tolist()
+
+
+SYMLOG = [
+    (0.0, 0.0),
+    (1.0, 0.69314718),  # ln 2
+    (-1.0, -0.69314718),
+    (1.71828183, 1.0),  # e - 1
+    (10_000.0, 9.21044037),  # ln 10,001
+    (-1e-6, -1e-6),
 ]
 
 
-@pytest.mark.parametrize("space, spec, given, expected", ACTIONS)
-def test_adapter_translates_actions(space, spec, given, expected):
-    inner = Everything(space)
-    env = dreamerv3.Adapter(inner, 48)
-    env.reset(seed=0)
-    env.step(np.array(given))
-    assert env.action_spec == spec
-    np.testing.assert_array_equal(inner.actions[0], expected)
+@pytest.mark.parametrize("x, y", SYMLOG)
+def test_closed_form_symlog(x, y):
+    assert networks.symlog(torch.tensor(x)).item() == pytest.approx(y, rel=1.3e-6)
 
 
-def test_adapter_leaves_out_what_cannot_be_learned_from():
-    env = Everything()
-    texts = {
-        "mission": spaces.Text(5),
-        "graph": spaces.Graph(spaces.Discrete(2), None),
-        "none": spaces.Box(0, 1, (0,)),
-    }
-    env.observation_space = spaces.Dict({"a": spaces.Discrete(2, dtype=np.int8), **texts})
-    adapter = dreamerv3.Adapter(env, 64)
-    assert list(adapter.specs) == ["a"]
-    assert sorted(adapter.left_out) == ["graph (Graph)", "mission (Text)", "none (Box)"]
-    for one in (1, True):  # Gymnasium takes both for classes
-        assert adapter.observation({"a": one, "mission": "go", "graph": None, "none": []}) == {
-            "a": 1
-        }
-    env.observation_space = spaces.Dict(texts)
-    with pytest.raises(ValueError, match="no Box, .* space in Dict.*mission"):
-        dreamerv3.Adapter(env, 64)
-    with pytest.raises(ValueError, match="action space Dict"):
-        dreamerv3.Adapter(Everything(spaces.Dict({"a": spaces.Discrete(2)})), 64)
+@pytest.mark.parametrize("x, y", SYMLOG)
+def test_closed_form_symexp_is_its_inverse(x, y):
+    assert networks.symexp(torch.tensor(y)).item() == pytest.approx(x, rel=1.3e-6)
 
 
-OUTSIDE = {
-    "camera": [np.zeros((20, 30, 1), np.float32), np.zeros((30, 20, 1), np.uint8)],
-    "tuple": [(8, np.zeros(4)), (5.5, np.zeros(4)), (6, np.array([0, 1, 2, 0]))],
-    "deep": [{"multi": np.array([2, 0]), "bool": True}, {"multi": np.array([1, 0]), "bool": None}],
-    "double": [
-        *([[0, x], [0, 0]] for x in (np.nan, -np.inf, 1e39)),
-        np.zeros(4),
-        [["a", "b"], ["c", "d"]],
-    ],
-}
+def encode(twohot: TwoHot, target: float) -> Tensor:
+    """The twohot encoding (V,) of a target, read off the loss: its gradient is softmax(logits)
+    minus the encoding."""
+    logits = torch.zeros(len(twohot.bins), requires_grad=True)
+    twohot.loss(logits, torch.tensor(target)).backward()
+    return logits.softmax(0) - logits.grad
+
+
+def predict(twohot: TwoHot, weights: list[float]) -> float:
+    """The mean of a distribution that has these probabilities."""
+    logits = torch.tensor(weights).add(1e-30).log()
+    return twohot.mean(logits).item()
+
+
+def test_closed_form_a_target_halfway_between_two_bins_has_half_of_its_weight_on_each():
+    """The bin after the middle one, 0, is e^(20/127) - 1 = 0.1705577."""
+    weights = encode(TwoHot(), 0.0852789)
+    assert rounded(weights[126:130]) == [0, 0.5, 0.5, 0]
 
 
 @pytest.mark.parametrize(
-    "key, value", [(key, value) for key, values in OUTSIDE.items() for value in values]
-)
-def test_observations_that_leave_their_space_are_refused(key, value):
-    env = dreamerv3.Adapter(Everything(), 48)
-    obs = env.env.observation_space.sample()
-    assert env.observation(obs).keys() == env.specs.keys()
-    obs[key] = value
-    with pytest.raises(
-        ValueError, match=f"observation '{key}(/[01]|/multi|/bool)?' is declared .* came as"
-    ):
-        env.observation(obs)
-    for reward in (math.nan, -math.inf, None, np.zeros(2)):
-        env.env.step = lambda action: (obs, reward, False, False, {})  # noqa: B023
-        with pytest.raises(
-            ValueError, match=rf"reward {re.escape(str(reward))} is not a finite number"
-        ):
-            env.step(np.array([0, 0]))
-
-
-@pytest.mark.parametrize("env_id, sticky", [("ALE/Pong-v5", 0.25), ("PongNoFrameskip-v4", 0.0)])
-def test_atari_skips_frames_exactly_once(env_id, sticky):
-    env = dreamerv3.make_env(env_id)
-    ale = env.unwrapped.ale
-    assert ale.getFloat("repeat_action_probability") == sticky and env.repeat == 4
-    env.reset(seed=1)
-    before = ale.getEpisodeFrameNumber()
-    obs, *_ = env.step(np.array([0]))
-    assert 1 <= before <= 30 and ale.getEpisodeFrameNumber() == before + 4
-    assert obs["obs"].shape == (64, 64, 3) and obs["obs"].dtype == np.uint8
-    assert dreamerv3.make_env(env_id, image_size=96, action_repeat=2).specs["obs"].shape == (
-        96,
-        96,
-        3,
-    )
-
-
-def test_action_repeat_adds_up_rewards_and_stops_at_the_end():
-    env = dreamerv3.make_env("DreamerChain-v0", action_repeat=3)
-    env.reset(seed=0)
-    obs, reward, terminated, _, _ = env.step(np.array([0]))
-    assert (obs["obs"][0], reward, terminated) == (3, 1 + 2 + 3, False)
-    obs, reward, terminated, _, info = env.step(np.array([0]))
-    assert (obs["obs"][0], reward, terminated) == (5, 4 + 5, True) and info["episode"]["r"] == 15
-
-
-# === the program ======================================================================================================
-def saved(folder: Path) -> dict:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def scalars(folder: Path) -> dict[str, list]:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: [e.value for e in events.Scalars(tag) if e.step] for tag in events.Tags()["scalars"]
-    }
-
-
-KEYS = """charts/{episodic_return,episodic_length,SPS,updates_per_second,learning_rate,updates,frames,train_ratio}
-charts/{time_share_update} losses/{recon,reward,continue,dyn,rep,actor,critic,replay_critic,total}
-behavior/{return_mean,return_scale,advantage_mag,value_mean,reward_mean,continue_mean,actor_entropy}
-world_model/{prior_entropy,posterior_entropy} optim/{grad_norm,update_rms,param_rms}"""
-KEYS = {
-    f"{group}{name}"
-    for group, names in re.findall(r"(\w+/){(.*?)}", KEYS)
-    for name in names.split(",")
-}
-WORDS = "trained parameters| GB|1 update every|run folder: runs/".split("|")
-WORDS += ["device: cuda"] if torch.cuda.is_available() else ["device: cpu", "CUDA is not available"]
-
-RUNS = """--env-id CartPole-v1 | --env-id CartPole-v1 --num-envs 4 --replay-windows stream --capture-video
---env-id Pendulum-v1 --action-repeat 2 --twohot symlog --video-frequency 0 --warmup-updates 0
---env-id ALE/Pong-v5 --total-timesteps 1500 --train-ratio 0.5 --save-model --capture-video
---env-id test_dreamerv3:DreamerEverything-v0 --train-ratio 4"""
-
-
-@pytest.mark.parametrize("flags", RUNS.replace(" | ", "\n").splitlines())
-def test_a_run_trains_and_leaves_its_files(flags, program, capsys, tmp_path):
-    flags = f"{QUICK} --total-timesteps 200 --seed 7 {flags}"
-    folder, out = program(flags), capsys.readouterr().out
-    assert not [word for word in WORDS if word not in out]
-    assert (
-        (folder / "episodes.csv")
-        .read_text()
-        .startswith("global_step,frames,return,length,seconds\n")
-    )
-    rows = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
-    frames = 2 if "--action-repeat 2" in flags else 4 if "ALE/" in flags else 1
-    assert len(rows) and (rows[:, 1] == frames * rows[:, 0]).all() and (rows[:, 2:4] != 0).all()
-    values, action = scalars(folder), np.load(folder / "replay" / "action.npy")
-    assert (
-        set(values) == KEYS
-        and all(np.isfinite(v).all() for v in values.values())
-        and torch.initial_seed() == 7
-    )
-    total, ratio = (
-        float(re.findall(rf"--{flag} ([\d.]+)", flags)[-1])
-        for flag in ("total-timesteps", "train-ratio")
-    )
-    envs = 4 if "--num-envs" in flags else 1
-    updates = math.floor(ratio * (total - 40 - (total - 40) % envs) / (4 * 8))
-    assert (saved(folder)["global_step"], saved(folder)["updates"]) == (
-        total,
-        updates,
-    ) and updates > 0
-    assert (folder / "model.pt").exists() == ("--save-model" in flags) and (action % 1).any() == (
-        "Pendulum" in flags
-    )
-    videos = {
-        x.name
-        for x in tmp_path.glob(f"videos/{folder.relative_to(tmp_path / 'runs')}/train-0/*.mp4")
-    }
-    assert bool(videos) == ("--capture-video" in flags) and videos <= {
-        f"rl-video-episode-{i}.mp4" for i in (0, 1, 8)
-    }
-    if envs > 1:  # every environment has a seed of its own
-        assert (
-            len({*map(bytes, np.load(folder / "replay/obs.obs.npy")[:, 0])}) == envs
-            and action.std(0).mean() > 0.2
-        )
-
-
-BAD = """--size 3m | --twohot log | --replay-windows all | --precision half | --batch-size x | --nonsense 1 | --seed -1
---batch-size 0 | --batch-length 1 | --imagination-horizon 0 | --num-envs 0 | --total-timesteps 0 | --total-timesteps 20
---train-ratio 0 | --train-ratio nan | --train-ratio inf | --learning-rate 0 | --warmup-updates -1 | --clip 0 | --gamma 1
---gamma nan | --return-lambda 1.1 | --tau 2 | --unimix 1 | --bins 254 | --actor-unimix -1 | --bins 1 | --dyn-scale -1
---image-size 60 | --image-size 32 | --image-size 512 | --action-repeat -1 | --learning-starts 10
---learning-starts 500000 | --buffer-size 10 | --buffer-size 100 --num-envs 2 | --ent-coef nan | --replay-critic-scale -1
---buffer-size 500 | --free-nats inf | --eval-only | --eval-episodes 0 | --eval-frequency -1
---resume nowhere --eval-only | --checkpoint-frequency -1 | --video-frequency -1 | --log-frequency 0 | --resume nowhere
---env-id bad! | --env-id Taxi-v3 | --env-id Pnog-v5 | --env-id ALE/Pongg-v5 | --env-id CartPole-v9
---env-id nomodule:Thing-v0 | --seed 4294967296 | --free-nats -1 | --tau -0.1 | --batch-size 2.5"""  # Taxi is deprecated
-
-
-@pytest.mark.parametrize("flags", [x.strip() for line in BAD.splitlines() for x in line.split("|")])
-def test_bad_input_gives_one_line_and_status_2(flags, program, capsys, tmp_path, monkeypatch):
-    if "--env-id" not in flags:
-        monkeypatch.setattr(dreamerv3, "make_env", None)  # refused before any environment is made
-    program(flags, 2)
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("dreamerv3.py: error: ") and "\n" not in error
-    assert flags.split()[0].lstrip("-") in error.replace("_", "-") and not list(tmp_path.iterdir())
-
-
-def test_limits_count_the_processes_that_train_together(capsys):
-    least = {"buffer_size": 65 * 16, "learning_starts": 64 * 16 * 8, "total_timesteps": 65 * 16 * 8}
-    dreamerv3.check_args(Args(num_envs=16, **least), 8)
-    for name in least:
-        with pytest.raises(SystemExit):
-            dreamerv3.check_args(Args(num_envs=16, **least | {name: least[name] - 1}), 8)
-
-
-@pytest.mark.parametrize(
-    "flags, words",
+    "target, weights",
     [
-        ("--exp-name same", "File exists: 'runs/"),
-        ("--exp-name full", r"cannot write the run folder .*\(--buffer-size\): .*No space left"),
-        (
-            f"--total-timesteps {10**13} --buffer-size {10**13} --no-persist-replay",
-            "-size.: .*Unable to allocate",
-        ),
-        (
-            "--capture-video",
-            "CartPole-v1 cannot be made with --capture-video: .*(?i:moviepy).*pip install",
-        ),
-        (
-            "--capture-video --env-id DreamerChain-v0",
-            "Chain-v0 cannot be made with --capture-video: .*render_mode",
-        ),
-        ("--track", r"--track cannot start \(pip install wandb, .*wandb"),
-        ("--env-id CartPoel-v1", "--env-id CartPoel-v1 cannot be made: .*Did you mean: `CartPole`"),
-        (
-            "--env-id Dreamer-constructor-v0",
-            "cannot be made: AssertionError: broken.*test_dreamerv3.py:",
-        ),
-        (
-            "--env-id Dreamer-worker-v0 --num-envs 2",
-            "worker-v0 cannot be made: (EOF|Connection|BrokenPipe)",
-        ),
-        (
-            "--env-id MinAtar/Breakout-v1",
-            "Breakout-v1 cannot be made: .*minatar.gym .*try: pip install minatar",
-        ),
-        (
-            "--env-id dm_control/hopper-hop-v0",
-            "hopper-hop-v0 cannot be made: .*shimmy .*try: pip install .shimmy",
-        ),
+        (0.0, [0, 0, 1, 0, 0]),
+        (22025.4658, [0, 0, 0, 1, 0]),
+        (11012.7329, [0, 0, 0.5, 0.5, 0]),
+        (5506.36645, [0, 0, 0.75, 0.25, 0]),
+        (-11012.7329, [0, 0.5, 0.5, 0, 0]),
+        (1e12, [0, 0, 0, 0, 1]),
+        (-1e12, [1, 0, 0, 0, 0]),
     ],
 )
-def test_a_start_that_fails_is_one_line_and_leaves_nothing(
-    flags, words, program, capsys, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(dreamerv3, "Agent", None)  # refused before any model is made
-    for module in ("moviepy", "wandb", "minatar.gym", "shimmy"):
-        if module in words:
-            monkeypatch.setitem(sys.modules, module, None)  # importing it fails
-    if "full" in flags:
-        monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=FULL_DISK))
-    if "same" in flags:  # another run began in the same second
-        monkeypatch.setattr(time, "time", lambda: 7.5)
-        (tmp_path / "runs" / "CartPole-v1__same__1__7").mkdir(parents=True)
-    program(f"{QUICK} --env-id CartPole-v1 --total-timesteps 100 {flags}", 2)
-    error = capsys.readouterr().err.strip()
-    assert re.search(words, error) and "\n" not in error
-    assert not [x for x in tmp_path.rglob("*") if x.is_file()]
-
-
-def test_a_run_survives_sigkills_at_random_moments(tmp_path):
-    """Killed after some updates, with SLOW=1 19 times more while starting, acting, training or saving, then stopped by
-    SIGTERM: steps, episodes and counters stay consistent."""
-    rng, every, kills = np.random.default_rng(0), 20, 20 if "SLOW" in os.environ else 1
-    start = f"{FAST} --batch-size 2 --batch-length 8 --env-id CartPole-v1 --checkpoint-frequency {every}".split()
-    folder, cuts, updates, clock = None, {0}, 0, [0]
-    for kill in range(kills + 1):
-        flags = ["--resume", str(folder)] if kill else start
-        command = [sys.executable, ROOT / "dreamerv3.py", "--total-timesteps", "100000", *flags]
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-        line = next(
-            line for line in process.stdout if line.startswith("resumed" if kill else "run folder")
-        )
-        folder = next(tmp_path.glob("runs/*"))
-        if kill:
-            step, after = (
-                int(x.replace(",", "")) for x in re.findall(r"(?:step|after) ([\d,]+)", line)
-            )
-            assert step == clock[0] and after >= updates
-            cuts.add(step)
-        time.sleep(rng.uniform(0, 4) if 0 < kill < kills else 0)
-        while kill in (0, kills) and np.load(folder / "replay" / "clock.npy")[0] < clock[0] + 87:
-            time.sleep(0.01)  # the end comes between two checkpoints
-        process.stdout.close()  # as when Ctrl-C ends `| tee` too
-        process.send_signal(signal.SIGTERM if kill == kills else signal.SIGKILL)
-        assert process.wait(60) == (128 + signal.SIGTERM if kill == kills else -signal.SIGKILL)
-        clock = np.load(folder / "replay" / "clock.npy")
-        state = dreamerv3.load_checkpoint(folder)[1]
-        assert (
-            clock[0] - every * (kill + 1) <= state["global_step"] <= clock[0]
-        )  # every kill may cut one save short
-        assert state["updates"] >= updates
-        assert state["updates"] + state["owed"] == pytest.approx(
-            max(0, state["global_step"] - 64) * 16 / (2 * 8)
-        )
-        updates = state["updates"]
-    assert state["global_step"] == clock[0]
-    names = ("is_first", "is_last", "is_terminal", "reward", "obs.obs")
-    first, last, terminal, reward, obs = (
-        np.load(folder / "replay" / f"{k}.npy")[0, : clock[0]] for k in names
-    )
-    begins = {0, *(np.flatnonzero(last[:-1]) + 1).tolist()} | cuts - {int(clock[0])}
-    assert set(np.flatnonzero(first).tolist()) == begins and len(
-        {obs[i].tobytes() for i in begins}
-    ) == len(begins)
-    np.testing.assert_array_equal(reward, ~first)
-    follows = ~first[1:]
-    np.testing.assert_allclose(
-        obs[1:, 0][follows], (obs[:-1, 0] + 0.02 * obs[:-1, 1])[follows], atol=1e-5
-    )
-    assert not terminal[~last].any()
+def test_closed_form_twohot_interpolates_between_symexp_bins(target, weights):
+    """Five bins: 0, e^10 - 1 = 22025.4658, e^20 - 1, and these two with the other sign."""
+    assert rounded(encode(TwoHot(bins=5), target)) == weights
 
 
 @pytest.mark.parametrize(
-    "fault, envs", [("nan", 1), ("nan", 2), ("dies", 2), ("reset", 1), ("reset", 2)]
+    "target, weights",
+    [
+        (0.0, [0, 0, 1, 0, 0]),
+        (22025.4658, [0, 0, 0, 1, 0]),  # e^10 - 1
+        (147.413159, [0, 0, 0.5, 0.5, 0]),  # e^5 - 1
+        (11.1824940, [0, 0, 0.75, 0.25, 0]),  # e^2.5 - 1
+        (-147.413159, [0, 0.5, 0.5, 0, 0]),
+        (1e12, [0, 0, 0, 0, 1]),
+        (-1e12, [1, 0, 0, 0, 0]),
+    ],
 )
-def test_an_environment_that_fails_ends_the_run_saved(
-    fault, envs, program, recwarn, capsys, monkeypatch
-):
-    steps = 0 if fault == "reset" else 59
-    folder = program(
-        f"{QUICK} --env-id Dreamer-{fault}-v0 --num-envs {envs} --total-timesteps 200", 2
-    )
-    *trace, line = capsys.readouterr().err.strip().splitlines()
-    text = f"dreamerv3.py: error: Dreamer-{fault}-v0 failed at step {steps * envs}, saved runs/.*: {FAULTS[fault]}.*"
-    assert re.fullmatch(text, line)
-    trace = "\n".join(
-        [*trace, *(str(warning.message) for warning in recwarn)]
-    )  # those of workers are warnings
-    assert "Traceback" in trace and (
-        fault == "dies" or "test_dreamerv3.py" in trace or "in observation" in trace
-    )
-    assert saved(folder)["global_step"] == steps * envs
-    assert np.load(folder / "replay" / "clock.npy")[0] == steps
-    if fault == "reset":
-        monkeypatch.setattr(torch, "save", Mock(side_effect=FULL_DISK[-1]))
-        program(f"{QUICK} --env-id Dreamer-reset-v0 --total-timesteps 200 --exp-name full", 2)
-        assert "failed at step 0, could not save runs/" in capsys.readouterr().err.splitlines()[-1]
+def test_closed_form_twohot_interpolates_symlog_of_the_target(target, weights):
+    """With --twohot symlog: five bins at -20, -10, 0, 10, 20."""
+    assert rounded(encode(TwoHot(bins=5, space="symlog"), target)) == weights
 
 
-def test_a_signal_to_all_processes_is_a_stop_and_no_failure(tmp_path):
-    command = f"{sys.executable} {ROOT}/dreamerv3.py {FAST} --env-id test_dreamerv3:Dreamer-signalled-v0 --num-envs 2"
-    run = subprocess.run(
-        command.split(), cwd=tmp_path, capture_output=True, text=True, start_new_session=True
-    )
-    assert run.returncode == 128 + signal.SIGINT and "failed at" not in run.stderr
-    assert saved(next(tmp_path.glob("runs/*")))["global_step"] == 2 * 59
+@pytest.mark.parametrize(
+    "space, target",
+    [("symexp", 11012.7329), ("symlog", 147.413159)],
+)
+def test_closed_form_twohot_loss_is_the_cross_entropy(space, target):
+    """Halfway between bins of probability 0.4 and 0.2: -(ln 0.4 + ln 0.2) / 2 = 1.262864."""
+    logits = torch.tensor([0.1, 0.2, 0.4, 0.2, 0.1]).log()
+    loss = TwoHot(bins=5, space=space).loss(logits, torch.tensor(target))
+    assert loss.item() == pytest.approx(1.262864, rel=1e-5)
 
 
-def test_updates_made_up_after_a_kill_are_saved_on_the_way(program, monkeypatch):
-    folder = program(f"{CHAIN} --total-timesteps 60")
-    torch.save(saved(folder) | {"owed": 1200.0}, folder / "checkpoint.pt")
-    latents = torch.zeros(4, 8, TINY.deter), torch.zeros(4, 8, TINY.groups, TINY.classes)
-    update = Mock(
-        side_effect=[
-            (latents, {"losses/total": torch.tensor(x)}) for x in [1.0] * 599 + [math.nan] * 501
-        ]
-    )
-    monkeypatch.setattr(dreamerv3, "train_step", update)
-    with pytest.raises(
-        SystemExit, match="losses/total is not finite"
-    ):  # before the second of these checkpoints
-        dreamerv3.main(f"--resume {folder} --total-timesteps 70 --no-cudagraphs".split())
-    assert (saved(folder)["updates"], saved(folder)["owed"]) == (500, 1200.5 - 490)
+@pytest.mark.parametrize("mean", ["rounded", "exact"])
+@pytest.mark.parametrize(
+    "space, weights, expected",
+    [
+        ("symexp", [0, 0, 0.5, 0.5, 0], 11012.7329),
+        ("symexp", [0, 0.25, 0.75, 0, 0], -5506.36645),
+        ("symlog", [0, 0, 0.5, 0.5, 0], 147.413159),
+        ("symlog", [0, 0.25, 0.75, 0, 0], -11.1824940),
+    ],
+)
+def test_closed_form_twohot_mean_is_the_target_of_the_encoding(space, weights, expected, mean):
+    twohot = TwoHot(bins=5, space=space, mean=mean)
+    assert predict(twohot, weights) == pytest.approx(expected, rel=1e-5)
 
 
-def test_resumed_and_evaluated_runs_are_bit_identical_to_a_plain_one(program, tmp_path, capsys):
-    """All start an episode after step 60, so that the environments agree; weights, counters and replay do too."""
-    flags = f"{CHAIN} --train-ratio 12 --clip 0.2 --total-timesteps"
-    plain, resumed = (
-        program(f"{flags} 91 --exp-name plain"),
-        program(f"{flags} 60 --exp-name resumed"),
-    )
-    program(
-        f"--resume {resumed} --total-timesteps 91 --video-frequency 6 --no-cudagraphs --save-model"
-    )
-    capsys.readouterr()
-    evaluated = program(f"{flags} 91 --exp-name evaluated --eval-frequency 30 --eval-episodes 2")
-    line = "evaluation: 2 episodes of DreamerChain-v0, return mean 15.0, std 0.0, min 15, max 15"
-    assert capsys.readouterr().out.splitlines().count(line) == 3
-    a = saved(plain)
-    assert (
-        a["optimizer"]["param_groups"][0]["clip"] == 0.2
-        and {"return_norm.lo", "return_norm.hi"} < a["agent"].keys()
-    )
-    for folder in (resumed, evaluated):
-        b = saved(folder)
-        rows = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1)
-        assert (
-            rows[:, :4].tolist() == [[i, i, 15, 5] for i in range(5, 91, 6)]
-            and (np.diff(rows[:, 4]) >= 0).all()
-        )
-        assert (b["updates"], b["owed"]) == (19, 0.125) and torch.equal(
-            a["torch_rng"], b["torch_rng"]
-        )
-        assert all(torch.equal(a["agent"][name], b["agent"][name]) for name in a["agent"])
-        for file in (plain / "replay").iterdir():
-            assert file.read_bytes() == (folder / "replay" / file.name).read_bytes(), file.name
-    assert (
-        scalars(evaluated)["eval/episodic_return"]
-        == [15.0] * 3
-        == scalars(folder)["charts/episodic_return"][:3]
-    )
-    assert any(
-        b"|eval_frequency|30|" in file.read_bytes() for file in evaluated.glob("events*")
-    )  # hyperparameters
+@pytest.mark.parametrize("space", ["symexp", "symlog"])
+@pytest.mark.parametrize("logit", [0.0, 0.37, -5.0])
+def test_closed_form_exact_mean_of_uniform_logits_is_0(space, logit):
+    twohot = TwoHot(space=space, mean="exact")
+    assert (twohot.mean(torch.full((7, 255), logit)) == 0).all()
 
 
-def test_resume_takes_a_checkpoint_file_and_falls_back_to_a_good_one(program, capsys):
-    folder = program(f"{CHAIN} --total-timesteps 60 --checkpoint-frequency 50")
-    newest, previous, foreign = (
-        folder / f"{name}.pt" for name in ("checkpoint", "checkpoint_previous", "foreign")
-    )
-    good, old, state = newest.read_bytes(), previous.read_bytes(), saved(folder)
-    torch.save({"model": Path()}, foreign)  # weights_only refuses paths
-
-    def resume(path, newest_bytes=good, previous_bytes=old, flags="", status=2) -> str:
-        """The output of a run, or the one line of an error."""
-        newest.write_bytes(newest_bytes)
-        previous.write_bytes(previous_bytes)
-        capsys.readouterr()
-        program(f"--resume {path} {flags}", status)
-        out, error = capsys.readouterr()
-        assert not status or (len(error.splitlines()) == 1 and "resumed" not in out), error
-        return error if status else out
-
-    assert all(
-        "--bins 5 disagrees with 255" in resume(folder, flags=f"--bins 5{x}")
-        for x in ("", " --eval-only")
-    )
-    assert "--total-timesteps 59 is less than the 60" in resume(
-        folder, flags="--total-timesteps 59"
-    )
-    assert "foreign.pt is unreadable (UnpicklingError), using checkpoint.pt" in resume(
-        foreign, status=0
-    )
-    assert "step 60 after 5 updates" in resume(previous, status=0) and not [
-        *folder.glob("*.unreadable")
-    ]
-    assert "is unreadable (UnpicklingError), using checkpoint_prev" in resume(
-        folder, foreign.read_bytes(), status=0
-    )
-    assert foreign.exists() and (folder / "checkpoint.unreadable").exists()
-    assert " after 5 updates" in resume(newest, good[:500], status=0) and newest.is_file()
-    assert "holds no good checkpoint" in resume(folder, good[:500], good[:500]) and newest.exists()
-    torch.save(state | {"args": state["args"] | {"env_id": "CartPole-v1"}}, foreign)
-    words = "cannot read the replay buffer .*obs.obs.npy holds float32 .1, 61, 1., this run needs float32 .1, 61, 4."
-    assert re.search(words, resume(folder, foreign.read_bytes()))
-    state["agent"].pop("reward.0.0.0.weight")
-    torch.save(state, foreign)
-    assert "another size: RuntimeError: Error(s) in loading" in resume(folder, foreign.read_bytes())
+# one trajectory of four states; the rewards and values 99 of the first must not be used
+REWARD = torch.tensor([[99.0, 1, 2, 4]])
+VALUE = torch.tensor([[99.0, 8, 16, 32]])
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(program, capsys, monkeypatch):
-    def full_disk(state, file, save=torch.save):
-        if state.get("global_step", 51) > 50:  # there is none in model.pt
-            save("a part", file)
-            raise RuntimeError(
-                "PytorchStreamWriter failed writing file"
-            )  # what torch says of a real one
-        save(state, file)
+def test_closed_form_lambda_return():
+    """With discount 1/2 and lambda 1/2, from the last state, whose return is its value 32:
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_disk)
-        patch.setattr(np.memmap, "flush", flush := Mock())
-        folder = program(
-            f"{CHAIN} --total-timesteps 110 --checkpoint-frequency 50 --save-model", 1
-        )  # the last fails
-    assert capsys.readouterr().out.count("warning: cannot save at step") == 3
-    assert saved(folder)["global_step"] == 50 and not [
-        *folder.glob("*.tmp"),
-        *folder.glob("model.pt"),
-    ]
-    assert (
-        np.load(folder / "replay" / "clock.npy")[0] == 110 and flush.call_count == 3 * 9
-    )  # files of the replay
-    program(f"--resume {folder}")  # all steps are there: only updates are missing
-    assert (saved(folder)["updates"], saved(folder)["owed"]) == ((110 - 40) // 2, 0.5)
+    R[2] = 4 + 1/2 * (1/2 * 32 + 1/2 * 32) = 4 + 16 = 20
+    R[1] = 2 + 1/2 * (1/2 * 16 + 1/2 * 20) = 2 + 9 = 11
+    R[0] = 1 + 1/2 * (1/2 * 8 + 1/2 * 11) = 1 + 4.75 = 5.75
+    """
+    discount = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
+    returns = dreamerv3.lambda_return(REWARD, VALUE, discount, lam=0.5)
+    assert returns.tolist() == [[5.75, 11, 20]]
 
 
-def test_without_persistent_replay_a_resumed_run_refills_first(program, capsys, monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda, "device_count", lambda: 1
-    )  # of a GPU that cannot start: --no-cuda leaves it alone
-    flags = "--env-id DreamerTruncatedChain-v0 --buffer-size 100 --no-persist-replay --replay-windows stream --no-cuda"
-    folder = program(f"{CHAIN} --total-timesteps 60 {flags}")
-    assert (
-        "CUDA" not in capsys.readouterr().out
-        and (c := torch.backends.cudnn).deterministic
-        and not c.allow_tf32
-    )
-    torch.save(
-        saved(folder) | {"owed": 3.0}, folder / "checkpoint.pt"
-    )  # as if stopped between updates
-    program(f"--resume {folder} --total-timesteps 120 --eval-frequency 60 --video-frequency 5")
-    out = capsys.readouterr().out
-    assert "after 10 updates, 3 owed, 0 steps in the replay buffer: TOO FEW, collecting 40" in out
-    assert "replay: 60 steps take 0.00 GB" in out  # as many as before
-    assert saved(folder)["updates"] == 10 + 3 + 20 // 2 and not (folder / "replay").exists()
-    folder = program(f"{CHAIN} --total-timesteps 60 --exp-name interrupted")
-    shutil.rmtree(folder / "replay")
-    program(f"--resume {folder} --total-timesteps 70")  # in the middle of a refill
-    program(f"--resume {folder} --total-timesteps 120")
-    assert "10 steps in the replay buffer: TOO FEW, collecting 30" in capsys.readouterr().out
-    assert saved(folder)["updates"] == 10 + (120 - 60 - 40) // 2
+def test_closed_form_lambda_return_ends_at_a_termination():
+    """State 2 is terminal, so that its discount is 0 and nothing after it counts:
+
+    R[1] = 2 + 0 = 2
+    R[0] = 1 + 1/2 * (1/2 * 8 + 1/2 * 2) = 1 + 2.5 = 3.5
+    """
+    discount = torch.tensor([[0.5, 0.5, 0, 0.5]])
+    is_last = torch.tensor([[False, False, True, False]])
+    returns = dreamerv3.lambda_return(REWARD, VALUE, discount, 0.5, is_last)
+    assert returns.tolist() == [[3.5, 2, 20]]
 
 
-def test_memory_and_live_tensors_are_constant_once_the_buffer_is_full(program, monkeypatch):
-    save, seen = dreamerv3.save_run, []
+def test_closed_form_lambda_return_bootstraps_where_an_episode_was_cut():
+    """State 2 is the last one of an episode that a time limit cut: only its value counts.
 
-    def measure(*inputs) -> bool:
-        gc.collect()
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        seen.append(
-            (
-                pages * os.sysconf("SC_PAGE_SIZE"),
-                sum(type(x) is torch.Tensor for x in gc.get_objects()),
-            )
-        )
-        return save(*inputs)
-
-    monkeypatch.setattr(dreamerv3, "save_run", measure)
-    flags = f"{QUICK} --env-id CartPole-v1 --buffer-size 300 --total-timesteps 1200 --train-ratio 3"
-    program(f"{flags} --checkpoint-frequency 120 --log-frequency 120 --video-frequency 30")
-    memory, tensors = zip(*seen[4:], strict=True)
-    assert len(seen) == 11 and max(tensors) == min(tensors) and memory[-1] - memory[0] < 4e6, seen
+    R[1] = 2 + 1/2 * 16 = 10
+    R[0] = 1 + 1/2 * (1/2 * 8 + 1/2 * 10) = 1 + 4.5 = 5.5
+    """
+    discount = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
+    is_last = torch.tensor([[False, False, True, False]])
+    returns = dreamerv3.lambda_return(REWARD, VALUE, discount, 0.5, is_last)
+    assert returns.tolist() == [[5.5, 10, 20]]
 
 
-def test_a_dream_is_the_posterior_then_the_prior_alone(argmax_sampling, tmp_path, capsys):
-    agent, _ = make_agent(SPECS)
-    batch = make_batch(agent, batch=5, length=8)
-    batch["is_first"][:] = torch.arange(8) == 1
-    batch["is_first"][0, 6] = True
-    obs, action, dream = (
-        batch["obs"],
-        batch["prev_action"],
-        dreamerv3.open_loop(agent, batch, context=3),
-    )
-    with torch.no_grad():
-        seen = agent.rssm.observe(
-            batch["deter"], batch["stoch"], action, agent.encoder(obs), batch["is_first"]
-        )
-        states = [(seen[0][:, t], seen[1][:, t]) for t in range(3)]
-        for t in range(3, 8):
-            before = [x.clone() for x in (*states[-1], action[:, t])]
-            for x in before if t == 6 else ():
-                x[0] = 0
-            states.append(agent.rssm.predict_step(*before, torch.zeros(5, TINY.groups)))
-        recon = agent.decoder(*(torch.stack(x, 1) for x in zip(*states, strict=True)))
-    expected = {
-        k: torch.cat([obs[k] / 255, recon[k], (recon[k] - obs[k] / 255 + 1) / 2], 2)
-        for k in ("image", "gray")
-    }
-    expected["vector"] = torch.stack([obs["vector"], networks.symexp(recon["vector"])], 2)
-    expected["kind"] = torch.stack([obs["kind"], recon["kind"].argmax(-1)], 2).float()
-    torch.testing.assert_close(dream, tree_map(lambda x: x[:4], expected), rtol=1e-4, atol=1e-5)
-    before = torch.get_rng_state()
-    dreamerv3.write_dream(agent, batch, tmp_path, dreamerv3.SummaryWriter(tmp_path), 0, 7)
-    assert torch.equal(torch.get_rng_state(), before)
-    with Image.open(
-        tmp_path / "dreams" / "7.gif"
-    ) as gif:  # the border tells context, prediction, episode start
-        colors = [gif.convert("RGB").getpixel((0, 0)) for _ in ImageSequence.Iterator(gif)]
-    green, red, white = (0, 255, 0), (255, 0, 0), (255, 255, 255)
-    np.testing.assert_allclose(
-        colors, [green, white, green, green, green, red, white, red], atol=30
-    )
+def test_closed_form_return_range_moves_one_percent_towards_the_percentiles():
+    """Of 0, 10, ... 200 the 5th percentile is 10, the 95th 190."""
+    norm = dreamerv3.ReturnNorm()
+    norm.update(torch.arange(0.0, 201, 10))
+    assert rounded(torch.stack([norm.lo, norm.hi])) == [0.1, 1.9]
+    norm.update(torch.arange(0.0, 201, 10))
+    assert rounded(torch.stack([norm.lo, norm.hi])) == [0.199, 3.781]
+    assert norm.scale.item() == pytest.approx(3.781 - 0.199)
 
 
-def test_dreams_are_drawn(program):
-    folder = program(
-        f"{QUICK} --env-id DreamerEverything-v0 --total-timesteps 60 --video-frequency 5 --image-size 48"
-    )
-    gif, plot = (Image.open(folder / "dreams" / name) for name in ("5.gif", "10.png"))
-    assert (gif.n_frames, gif.size, plot.size) == (8, (4 * 52, 3 * 48 + 4), (1280, 8 * 120))
-    assert (
-        len(dreamerv3.evaluate(*dreamerv3.load_agent(folder), 1, 0)) == 1
-    )  # with images of that size
-    events = EventAccumulator(str(folder)).Reload()
-    for tag, size in {"dream/images": (8 * 52, 4 * 148), "dream/vectors": (1280, 8 * 120)}.items():
-        assert [(e.width, e.height, e.step) for e in events.Images(tag)] == [
-            (*size, 50),
-            (*size, 60),
-        ]
+def test_closed_form_percentiles_are_interpolated():
+    """Of 0 and 100 the 5th percentile is 5, the 95th 95."""
+    norm = dreamerv3.ReturnNorm()
+    norm.update(torch.tensor([100.0, 0.0]))
+    assert rounded(torch.stack([norm.lo, norm.hi])) == [0.05, 0.95]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    log = dreamerv3.Log(tmp_path, Args(), 0, 1, 1, 0, 0, 0.0)
-    log.window = [
-        {"losses/rep": torch.ones(()), "losses/recon": torch.tensor(x)} for x in (1.0, 3.0)
-    ]
-    assert log.means(7) == {"losses/rep": 1, "losses/recon": 2}
-    log.window.append({"losses/rep": torch.tensor(1.0), "losses/recon": torch.tensor(math.inf)})
-    with pytest.raises(SystemExit, match="losses/recon is not finite at step 7"):
-        log.means(7)
+def test_closed_form_return_scale_is_at_least_1():
+    norm = dreamerv3.ReturnNorm()
+    assert norm.scale == 1
+    norm.update(torch.tensor([100.0, 0.0]))  # hi - lo is 0.9
+    assert norm.scale == 1
 
 
-# === evaluation, videos, tracking =====================================================================================
-def test_eval_only_plays_what_load_agent_loads_and_writes_nothing(
-    program, capsys, tmp_path, monkeypatch
-):
-    flags = "--total-timesteps 60 --checkpoint-frequency 50 --save-model --learning-rate 0.01 --warmup-updates 1"
-    folder = program(f"{QUICK} --env-id CartPole-v1 {flags}")
-    (folder / "checkpoint.pt").write_bytes(b"torn")  # stays where it is
-    shutil.rmtree(folder / "replay")
-    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
-    monkeypatch.setattr(dreamerv3, "policy", play := Mock(wraps=dreamerv3.policy))
-    lines = []
-    for path in (folder, folder / "checkpoint_previous.pt", folder / "model.pt"):
-        agent, args = dreamerv3.load_agent(path, "cuda" if torch.cuda.is_available() else "cpu")
-        dreamerv3.evaluate(agent, args, 4, seed=3)
-        lines.append(capsys.readouterr().out.splitlines()[-1])
-        program(f"--resume {path} --eval-only --eval-episodes 4 --seed 3")
-        assert capsys.readouterr().out.splitlines()[-1] == lines[-1]
-    assert lines[0] == lines[1] != lines[2] and lines[0].startswith(
-        "evaluation: 4 episodes of CartPole-v1"
-    ), lines
-    begins = [
-        obs["obs"]
-        for _, obs, _, is_first in (call.args for call in play.call_args_list)
-        if is_first
-    ]
-    assert (len(begins), len(torch.cat(begins).unique(dim=0))) == (
-        3 * 2 * 4,
-        4,
-    ) and play.call_args.args[2][0].any()
-    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
-    program(f"--resume {folder} --eval-only --eval-episodes 1 --capture-video --no-cuda")
+def kl_losses(post: list, prior: list, groups: int, **flags):
+    """kl_losses of one step with this number of equal groups, of these probabilities."""
+    shape = (1, 1, groups, len(post))
+    post_logits = torch.tensor(post).log().expand(shape).clone().requires_grad_()
+    prior_logits = torch.tensor(prior).log().expand(shape).clone().requires_grad_()
+    flags.setdefault("unimix", 0.0)
+    losses = dreamerv3.kl_losses(post_logits, prior_logits, Args(**flags))
+    return *losses, post_logits, prior_logits
 
 
-def test_the_snippets_of_the_readme_run(program, capsys, tmp_path):
-    texts = README, (ROOT / "results" / "speed.md").read_text()
-    table = README.split("| paper | code | flag (default) |")[1].split("--help")[0]
-    assert all(
-        getattr(Args, k.replace("-", "_")) == float(x)
-        for k, x in re.findall(r"--(\S+) ([\d.e-]+)", table)
-    )
-    assert Args() == Args(
-        compile=True, cudagraphs=True, checkpoint_frequency=10_000, buffer_size=1e6, batch_size=16
-    )
-    play, speed = (re.search("```python\n(.*?)```", text, re.S)[1] for text in texts)
-    (program(f"{CHAIN} --total-timesteps 50 --save-model") / "model.pt").rename("model.pt")
-    exec(play, {})
-    assert capsys.readouterr().out.splitlines()[-1] == "return 15.0" and Args() == Args(
-        learning_starts=1024
-    )
-    exec(speed.replace("compile=True", "compile=False").replace(", 5, (16, 64)", ", 1, (2, 4)"), {})
-    assert re.search(r"^\d+\.\d after \d\.\d+ s$", capsys.readouterr().out, re.M)
+def test_closed_form_kl_is_summed_over_the_groups():
+    """0.5 ln(0.5 / 0.25) + 0.5 ln(0.5 / 0.75) = 0.346574 - 0.202733 = 0.143841, ten times."""
+    dyn, rep, *_ = kl_losses([0.5, 0.5], [0.25, 0.75], groups=10)
+    assert rounded(dyn) == [[1.43841]]
+    assert rounded(rep) == [[1.43841]]
 
 
-def test_results_are_logs_of_the_program_and_draw_the_figures_of_the_readme(tmp_path):
-    for path in (ROOT / "results").glob("*.csv"):
-        assert path.read_text().startswith("global_step,frames,return,length,seconds\n")
-        shutil.copy(path, tmp_path)
-    dreamerv3.import_module("results.plot").draw(tmp_path)
-    assert (
-        {path.name for path in tmp_path.glob("*.png")}
-        >= set(re.findall(r"results/(\w+\.png)", README))
-        != set()
-    )
+def test_closed_form_free_nats_are_a_floor_under_the_sum():
+    """The KL is 5 * 0.143841 = 0.719205: below one nat, above half a nat."""
+    dyn, rep, *_ = kl_losses([0.5, 0.5], [0.25, 0.75], groups=5)
+    assert rounded(dyn) == rounded(rep) == [[1.0]]
+    dyn, rep, *_ = kl_losses([0.5, 0.5], [0.25, 0.75], groups=5, free_nats=0.5)
+    assert rounded(dyn) == rounded(rep) == [[0.71921]]
 
 
-def test_videos_show_every_step_of_an_episode(program, tmp_path):
-    flags = "--total-timesteps 100 --capture-video --eval-frequency 100 --eval-episodes 1 --action-repeat 2"
-    folder = program(f"{QUICK} --env-id CartPole-v1 {flags}")
-    program(f"--resume {folder} --total-timesteps 120")
-    program(f"--resume {folder} --eval-only --eval-episodes 3")
-    for episode, steps in enumerate(
-        dreamerv3.evaluate(*dreamerv3.load_agent(folder), 3, seed=1)
-    ):  # 1 per step
-        video = cv2.VideoCapture(f"videos/{folder.name}/eval-only/rl-video-episode-{episode}.mp4")
-        frames, fps = video.get(cv2.CAP_PROP_FRAME_COUNT), video.get(cv2.CAP_PROP_FPS)
-        assert (
-            0 <= frames - math.ceil(steps / 2) <= 1 and fps == 25
-        )  # moviepy may drop the last one
-    assert {p.parent.name for p in Path("videos").rglob("*.mp4")} == {
-        "train-0",
-        "train-100",
-        "eval-100",
-        "eval-only",
-    }
+def test_closed_form_kl_below_the_free_nats_has_no_gradient():
+    dyn, rep, _, post, prior = kl_losses([0.5, 0.5], [0.25, 0.75], groups=5)
+    (dyn + rep).sum().backward()
+    assert not post.grad.any()
+    assert not prior.grad.any()
 
 
-def test_tracking_passes_on_what_cleanrl_does(program, monkeypatch, tmp_path):
-    wandb = Mock()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    flags = f"{QUICK} --env-id ale_py:ALE/Pong-v5 --track"
-    folder = program(
-        f"{flags} --wandb-project-name project --wandb-entity team --total-timesteps 40 --capture-video"
-    )
-    program(f"--resume {folder} --total-timesteps 50")
-    one, two = (call.kwargs for call in wandb.init.call_args_list)
-    files = [Path(call.args[0]) for call in wandb.save.call_args_list]
-    assert one["name"] == "/".join(folder.parts[-2:]) and two["id"] == one["id"] == re.sub(
-        "[:/]", "-", one["name"]
-    )
-    assert (one["project"], one["entity"], one["config"]["batch_length"]) == ("project", "team", 8)
-    assert one["sync_tensorboard"] and one["save_code"] and one["resume"] == "allow"
-    assert [x.name for x in files[:4]] == [
-        "dreamerv3.py",
-        "networks.py",
-        "replay.py",
-        "*.mp4",
-    ] and files[0].exists()
-    before = set(tmp_path.rglob("*"))
-    wandb.init.side_effect = ConnectionError
-    program(f"{flags} --exp-name refused --total-timesteps 40", 2)
-    assert set(tmp_path.rglob("*")) == before
+def test_closed_form_dyn_trains_the_prior_alone():
+    """The gradient of KL(q || p) in the logits of p is p - q."""
+    dyn, _, _, post, prior = kl_losses([0.5, 0.5], [0.25, 0.75], groups=10)
+    dyn.sum().backward()
+    assert post.grad is None
+    assert rounded(prior.grad[0, 0, 0]) == [-0.25, 0.25]
 
 
-# === golden: numbers computed by the official JAX code (golden/README.md) =============================================
+def test_closed_form_rep_trains_the_posterior_alone():
+    """The gradient of KL(q || p) in the logits of q is q * (ln(q / p) - KL):
+    0.5 * (0.693147 - 0.143841) = 0.274653."""
+    _, rep, _, post, prior = kl_losses([0.5, 0.5], [0.25, 0.75], groups=10)
+    rep.sum().backward()
+    assert prior.grad is None
+    assert rounded(post.grad[0, 0, 0]) == [0.27465, -0.27465]
+
+
+def test_closed_form_entropies_are_summed_over_the_groups():
+    """Of (0.5, 0.5): ln 2 = 0.693147; of (0.25, 0.75): 0.346574 + 0.215762 = 0.562335."""
+    *_, metrics, _, _ = kl_losses([0.5, 0.5], [0.25, 0.75], groups=10)
+    assert metrics["world_model/posterior_entropy"].item() == pytest.approx(6.93147)
+    assert metrics["world_model/prior_entropy"].item() == pytest.approx(5.62335)
+
+
+def test_closed_form_unimix_is_mixed_into_posterior_and_prior():
+    """Half of uniform makes (1, 0) to (0.75, 0.25) and (0, 1) to (0.25, 0.75), whose KL is
+    0.75 ln 3 - 0.25 ln 3 = 0.549306."""
+    dyn, *_ = kl_losses([1.0, 0.0], [0.0, 1.0], groups=2, unimix=0.5)
+    assert rounded(dyn) == [[1.09861]]
+
+
+def test_closed_form_image_loss_is_a_squared_error_between_0_and_1():
+    """Pixels 255 and 0, predicted 0.5 and 0.1: 0.25 + 0.01."""
+    target = torch.tensor([255, 0], dtype=torch.uint8).view(1, 1, 1, 1, 2)
+    recon = torch.tensor([0.5, 0.1]).view(1, 1, 1, 1, 2)
+    assert rounded(dreamerv3.recon_loss(recon, target)) == [[0.26]]
+
+
+def test_closed_form_vector_loss_is_a_squared_error_of_symlogs():
+    """symlog(e - 1) = 1, predicted 3, and symlog(0) = 0, predicted 0.5: 4 + 0.25."""
+    target = torch.tensor([[[1.71828183, 0.0]]])
+    recon = torch.tensor([[[3.0, 0.5]]])
+    assert rounded(dreamerv3.recon_loss(recon, target)) == [[4.25]]
+
+
+def test_closed_form_loss_of_a_discrete_key_is_its_cross_entropy():
+    """Two values whose class has probability 1/4 and 1/2: ln 4 + ln 2 = 3 ln 2."""
+    target = torch.tensor([[[3, 0]]], dtype=torch.int32)
+    probs = [[0.25, 0.25, 0.25, 0.25], [0.5, 0.3, 0.1, 0.1]]
+    recon = torch.tensor(probs).log().view(1, 1, 2, 4)
+    assert rounded(dreamerv3.recon_loss(recon, target)) == [[2.07944]]
+
+
+def parameter(values: list[float], grad: list[float]) -> nn.Parameter:
+    """A parameter that has a gradient."""
+    param = nn.Parameter(torch.tensor(values))
+    param.grad = torch.tensor(grad)
+    return param
+
+
+def test_closed_form_a_gradient_is_clipped_to_a_share_of_its_tensor():
+    """|p| = 5, so that 0.3 of it is 1.5; |g| = 3 is too much by a factor of 2."""
+    param = parameter([3.0, 4.0], grad=[0.0, -3.0])
+    dreamerv3.clip_gradients([param], clip=0.3)
+    assert rounded(param.grad) == [0, -1.5]
+
+
+def test_closed_form_a_gradient_below_its_limit_stays_as_it_is():
+    param = parameter([3.0, 4.0], grad=[0.0, -1.25])
+    dreamerv3.clip_gradients([param], clip=0.3)
+    assert param.grad.tolist() == [0, -1.25]
+
+
+def test_closed_form_a_tensor_of_zeros_counts_as_one_of_norm_0_001():
+    param = parameter([0.0, 0.0], grad=[3.0, 4.0])
+    dreamerv3.clip_gradients([param], clip=0.5)
+    assert rounded(param.grad) == [0.0003, 0.0004]
+
+
+def test_closed_form_every_tensor_is_clipped_on_its_own():
+    """The limits are 1.5 and 15."""
+    small = parameter([3.0, 4.0], grad=[0.0, 3.0])
+    large = parameter([30.0, 40.0], grad=[4.0, 0.0])
+    dreamerv3.clip_gradients([small, large], clip=0.3)
+    assert rounded(small.grad) == [0, 1.5]
+    assert large.grad.tolist() == [4, 0]
+
+
+def test_closed_form_the_first_step_of_laprop_is_lr_whatever_the_gradient():
+    param = parameter([1.0, 1.0, 1.0], grad=[1e-6, -500.0, 0.0])
+    _, change = dreamerv3.LaProp([param], lr=0.1).step()
+    assert rounded(param) == [0.9, 1.1, 1.0]
+    assert change.item() == pytest.approx(0.1 * math.sqrt(2), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "second, expected",
+    [(0.0, -0.04737), (1.0, -0.1), (-1.0, 0.00526)],
+)
+def test_closed_form_the_second_step_of_laprop(second, expected):
+    """After gradients 1 and g: m = (0.9 * 0.1 + 0.1 * g) / (1 - 0.9^2), since g / sqrt(v) is
+    0, 1 or -1; lr * 0.09 / 0.19 = 0.04737, lr * 0.19 / 0.19 = 0.1, lr * -0.01 / 0.19 = -0.00526."""
+    param = parameter([0.0], grad=[1.0])
+    optimizer = dreamerv3.LaProp([param], lr=0.1)
+    optimizer.step()
+    before = param.item()
+    param.grad.fill_(second)
+    optimizer.step()
+    assert param.item() - before == pytest.approx(expected, abs=1e-5)
+
+
+def test_closed_form_laprop_divides_by_the_root_mean_square_of_gradients():
+    """Gradients 1, then 3: v = (0.999 * 0.001 * 1 + 0.001 * 9) / (1 - 0.999^2) = 5.002,
+    u = 3 / 2.23652 = 1.34137, m = (0.09 + 0.134137) / 0.19 = 1.17967."""
+    param = parameter([0.0], grad=[1.0])
+    optimizer = dreamerv3.LaProp([param], lr=1.0)
+    optimizer.step()
+    param.grad.fill_(3.0)
+    optimizer.step()
+    assert param.item() == pytest.approx(-1 - 1.17967, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "updates, expected",
+    [(0, 0.0), (1, 0.1), (2, 0.2), (4, 0.4), (5, 0.4)],
+)
+def test_closed_form_the_learning_rate_rises_from_0(updates, expected):
+    """Over 4 updates to 0.4."""
+    optimizer = dreamerv3.LaProp([parameter([1.0], grad=[1.0])], lr=0.4, warmup=4)
+    for _ in range(updates + 1):
+        rate, _ = optimizer.step()
+    assert rate.item() == pytest.approx(expected)
+
+
+# === golden: numbers computed by the official JAX code (golden/README.md) =========================
 FILES = sorted(Path(os.environ.get("GOLDEN_DIR", ROOT / "golden")).glob("*.npz"))
 assert FILES, "no .npz file in GOLDEN_DIR"
 
-# our name=the official one; "#" is any digit; a layer's norm goes by the layer's name, as in enc/mlp0 and enc/mlp0norm
-NAMES = """encoder.mlp.#=enc/mlp# encoder.convs.#=enc/cnn# encoder.norms.#=enc/cnn#norm rssm.in_deter=dyn/dynin0
-rssm.in_stoch=dyn/dynin1 rssm.in_action=dyn/dynin2 rssm.hid=dyn/dynhid0 rssm.hid_norm=dyn/dynhid0norm
-rssm.gru=dyn/dyngru rssm.post.0=dyn/obs0 rssm.post.1=dyn/obslogit rssm.prior.0=dyn/prior0 rssm.prior.1=dyn/prior1
-rssm.prior.2=dyn/priorlogit decoder.mlp.#.0=dec/mlp/linear# decoder.mlp.#.1=dec/mlp/norm# decoder.from_deter=dec/sp0
-decoder.from_stoch.0=dec/sp1 decoder.from_stoch.1=dec/sp2 decoder.norms.0=dec/spnorm decoder.convs.0=dec/conv2
-decoder.convs.1=dec/conv1 decoder.convs.2=dec/conv0 decoder.convs.3=dec/imgout decoder.norms.1=dec/conv2norm
-decoder.norms.2=dec/conv1norm decoder.norms.3=dec/conv0norm reward.0.#.0=rew/mlp/linear# reward.0.#.1=rew/mlp/norm#
-reward.1=rew/head/logits cont.0.#.0=con/mlp/linear# cont.0.#.1=con/mlp/norm# cont.1=con/head/logit
-critic.0.#.0=val/mlp/linear# critic.0.#.1=val/mlp/norm# critic.1=val/head/logits slow_critic.0.#.0=slowval/mlp/linear#
-slow_critic.0.#.1=slowval/mlp/norm# slow_critic.1=slowval/head/logits actor.mlp.#.0=pol/mlp/linear#
-actor.mlp.#.1=pol/mlp/norm#"""
+
+def linear_names(name: str, layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Of a linear, block-linear or convolutional layer."""
+    return {f"{name}/kernel": layer.weight, f"{name}/bias": layer.bias}
 
 
-def official_names(agent: Agent) -> dict[str, torch.nn.Parameter]:
-    """Official name -> our parameter, for every parameter."""
-    pairs, names = [pair.split("=") for pair in NAMES.split()], {}
-    for i, key in enumerate(agent.decoder.vectors):
-        pairs.append(
-            (
-                f"decoder.outs.{i}",
-                f"dec/vec/{key}/{'logits' if agent.specs[key].classes else 'pred'}",
-            )
-        )
-    for i, out in enumerate(("logits",) if agent.action.nvec else ("mean", "stddev")):
-        pairs.append((f"actor.outs.{i}", f"pol/head/action/{out}"))
-    for name, parameter in agent.named_parameters():
-        for ours, official in pairs:
-            pattern = ours.replace(".", r"\.").replace("#", r"(\d)")
-            name = re.sub(rf"^{pattern}\b", official.replace("#", r"\1"), name)
-        name = re.sub(r"\.1\.scale$", "norm/scale", name)
-        name = re.sub(r"(\.0)?\.(weight|bias|scale)$", r"/\2", name)
-        names[name.replace("/weight", "/kernel")] = parameter
+def dense_names(name: str, norm: str, layer: nn.Sequential) -> dict[str, nn.Parameter]:
+    """Of [Linear, RMSNorm, SiLU]."""
+    names = linear_names(name, layer[0])
+    names[f"{norm}/scale"] = layer[1].scale
     return names
 
 
+def mlp_names(name: str, layers: nn.Sequential) -> dict[str, nn.Parameter]:
+    names = {}
+    for i, layer in enumerate(layers):
+        names.update(dense_names(f"{name}/mlp/linear{i}", f"{name}/mlp/norm{i}", layer))
+    return names
+
+
+def head_names(name: str, output: str, head: nn.Sequential) -> dict[str, nn.Parameter]:
+    names = mlp_names(name, head[0])
+    names.update(linear_names(f"{name}/head/{output}", head[1]))
+    return names
+
+
+def encoder_names(encoder: networks.Encoder) -> dict[str, nn.Parameter]:
+    names = {}
+    if encoder.vectors:
+        for i, layer in enumerate(encoder.mlp):
+            names.update(dense_names(f"enc/mlp{i}", f"enc/mlp{i}norm", layer))
+    if encoder.images:
+        for i, conv in enumerate(encoder.convs):
+            names.update(linear_names(f"enc/cnn{i}", conv))
+            names[f"enc/cnn{i}norm/scale"] = encoder.norms[i].scale
+    return names
+
+
+def rssm_names(rssm: networks.RSSM) -> dict[str, nn.Parameter]:
+    names = {}
+    names.update(dense_names("dyn/dynin0", "dyn/dynin0norm", rssm.in_deter))
+    names.update(dense_names("dyn/dynin1", "dyn/dynin1norm", rssm.in_stoch))
+    names.update(dense_names("dyn/dynin2", "dyn/dynin2norm", rssm.in_action))
+    names.update(linear_names("dyn/dynhid0", rssm.hid))
+    names["dyn/dynhid0norm/scale"] = rssm.hid_norm.scale
+    names.update(linear_names("dyn/dyngru", rssm.gru))
+    names.update(dense_names("dyn/obs0", "dyn/obs0norm", rssm.post[0]))
+    names.update(linear_names("dyn/obslogit", rssm.post[1]))
+    names.update(dense_names("dyn/prior0", "dyn/prior0norm", rssm.prior[0]))
+    names.update(dense_names("dyn/prior1", "dyn/prior1norm", rssm.prior[1]))
+    names.update(linear_names("dyn/priorlogit", rssm.prior[2]))
+    return names
+
+
+def decoder_names(decoder: networks.Decoder) -> dict[str, nn.Parameter]:
+    names = {}
+    if decoder.vectors:
+        names.update(mlp_names("dec", decoder.mlp))
+        for key, out in zip(decoder.vectors, decoder.outs, strict=True):
+            kind = "logits" if decoder.specs[key].classes else "pred"
+            names.update(linear_names(f"dec/vec/{key}/{kind}", out))
+    if decoder.images:
+        names.update(linear_names("dec/sp0", decoder.from_deter))
+        names.update(dense_names("dec/sp1", "dec/sp1norm", decoder.from_stoch[0]))
+        names.update(linear_names("dec/sp2", decoder.from_stoch[1]))
+        for name, conv in zip(["conv2", "conv1", "conv0", "imgout"], decoder.convs, strict=True):
+            names.update(linear_names(f"dec/{name}", conv))
+        for name, norm in zip(["sp", "conv2", "conv1", "conv0"], decoder.norms, strict=True):
+            names[f"dec/{name}norm/scale"] = norm.scale
+    return names
+
+
+def official_names(agent: Agent) -> dict[str, nn.Parameter]:
+    """Official name -> our parameter, for every parameter."""
+    names = {}
+    names.update(encoder_names(agent.encoder))
+    names.update(rssm_names(agent.rssm))
+    names.update(decoder_names(agent.decoder))
+    names.update(head_names("rew", "logits", agent.reward))
+    names.update(head_names("con", "logit", agent.cont))
+    names.update(head_names("val", "logits", agent.critic))
+    names.update(head_names("slowval", "logits", agent.slow_critic))
+    names.update(mlp_names("pol", agent.actor.mlp))
+    outputs = ["logits"] if agent.action.nvec else ["mean", "stddev"]
+    for output, layer in zip(outputs, agent.actor.outs, strict=True):
+        names.update(linear_names(f"pol/head/action/{output}", layer))
+    return names
+
+
+def golden_obs_spec(value: tuple) -> ObsSpec:
+    """meta/hyper has a shape, or ("discrete", classes, shape)."""
+    if "discrete" in value:
+        return ObsSpec(tuple(value[2]), value[1])
+    return ObsSpec(tuple(value))
+
+
 class Golden:
-    """One golden file: a network with the official weights, its batch, and comparisons with the official numbers."""
+    """One golden file: a network with the official weights, and the official numbers."""
 
     def __init__(self, path: Path):
         self.data = dict(np.load(path))
-        self.hyper = hyper = ast.literal_eval(str(self.data["meta/hyper"]))
-        specs = {
-            k: ObsSpec(v[2], v[1]) if "discrete" in v else ObsSpec(tuple(v))
-            for k, v in hyper["obs"].items()
-        }
-        kind, n = hyper["act"][:2]
+        self.hyper = ast.literal_eval(str(self.data["meta/hyper"]))
+        specs = {key: golden_obs_spec(value) for key, value in self.hyper["obs"].items()}
+        kind, n = self.hyper["act"][:2]
         action = ActionSpec((n,) if kind == "discrete" else (), n)
+        dims = self.hyper["dims"]
         size = Size(
-            *(hyper["dims"][k] for k in "deter hidden units classes depth stoch blocks".split())
+            deter=dims["deter"],
+            hidden=dims["hidden"],
+            units=dims["units"],
+            classes=dims["classes"],
+            depth=dims["depth"],
+            groups=dims["stoch"],
+            blocks=dims["blocks"],
         )
-        flags = {
-            "imagination_horizon": hyper["imag_length"],
-            "actor_unimix": 0.0,
-            "precision": "float32",
-        }
-        self.args = Args(**flags, learning_rate=hyper["lr"], warmup_updates=hyper["warmup"])
+        self.args = Args(
+            imagination_horizon=self.hyper["imag_length"],
+            actor_unimix=0.0,
+            precision="float32",
+            learning_rate=self.hyper["lr"],
+            warmup_updates=self.hyper["warmup"],
+        )
         self.agent = Agent(specs, action, size, self.args)
         self.names = official_names(self.agent)
-        with torch.no_grad():
-            for name, parameter in self.names.items():
-                parameter.copy_(self.convert(f"params/{name}", parameter.shape))
-            for name in ("lo", "hi"):
-                getattr(self.agent.return_norm, name).fill_(
-                    float(self.data[f"params/retnorm/{name}/value"])
-                )
+        self.load_weights()
 
-    def convert(self, key: str, shape) -> torch.Tensor:
+    @torch.no_grad()
+    def load_weights(self) -> None:
+        """Set all weights and the return range to those of the file."""
+        for name, param in self.names.items():
+            param.copy_(self.as_ours(f"params/{name}", param.shape))
+        norm = self.agent.return_norm
+        norm.lo.fill_(float(self.data["params/retnorm/lo/value"]))
+        norm.hi.fill_(float(self.data["params/retnorm/hi/value"]))
+
+    def as_ours(self, key: str, shape: torch.Size) -> Tensor:
         """An official array in the layout of our parameter of this shape."""
-        x = torch.from_numpy(np.array(self.data[key]))
+        x = self.tensor(key)
         if key.endswith("kernel") and len(shape) == 4:
             return x.permute(3, 2, 0, 1)
         if key.endswith("kernel") and len(shape) == 2:
             return x.reshape(x.shape[0], -1).T
         return x.reshape(shape)
 
+    def tensor(self, key: str) -> Tensor:
+        return torch.from_numpy(np.array(self.data[key]))
+
     def batch(self) -> dict:
         """The training steps 1..T; step 0 gives the first action and latent."""
-        agent, data = (
-            self.agent,
-            {k[6:]: torch.from_numpy(v) for k, v in self.data.items() if k.startswith("batch/")},
-        )
-        batch = {k: data[k][:, 1:] for k in ("reward", "is_first", "is_last", "is_terminal")}
-        batch["obs"] = {key: data[key][:, 1:] for key in agent.specs}
-        action = data["action"][:, :-1]
-        batch["prev_action"] = dreamerv3.encode_action(
-            action[..., None] if agent.action.nvec else action, agent.action
-        )
-        batch["deter"], batch["stoch"] = data["dyn/deter"][:, 0], data["dyn/stoch"][:, 0]
+        batch = {"obs": {}}
+        for key in self.agent.specs:
+            batch["obs"][key] = self.tensor(f"batch/{key}")[:, 1:]
+        for key in ("reward", "is_first", "is_last", "is_terminal"):
+            batch[key] = self.tensor(f"batch/{key}")[:, 1:]
+        action = self.tensor("batch/action")[:, :-1]
+        if self.agent.action.nvec:
+            action = action.unsqueeze(-1)  # one component
+        batch["prev_action"] = dreamerv3.encode_action(action, self.agent.action)
+        # contiguous, as a sampled batch is: compiled functions are compiled for strides
+        batch["deter"] = self.tensor("batch/dyn/deter")[:, 0].contiguous()
+        batch["stoch"] = self.tensor("batch/dyn/stoch")[:, 0].contiguous()
         return batch
 
-    def close(self, prefix: str, /, **values: torch.Tensor) -> None:
-        """Compare with the arrays of these names."""
-        for name, value in values.items():
-            x, key = value.detach().numpy(), f"{prefix}{name}"
-            np.testing.assert_allclose(x, self.data[key], rtol=1e-4, atol=1e-5, err_msg=key)
+    def posterior(self) -> tuple[Tensor, Tensor]:
+        """The official deter (B, T, D) and stoch (B, T, S, K)."""
+        return self.tensor("out/deter"), self.tensor("out/stoch").float()
+
+    def feat(self) -> Tensor:
+        """The features (B, T, F) of the official posterior."""
+        return dreamerv3.get_feat(*self.posterior())
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """The official posterior as states (N, D) and (N, S, K) to imagine from."""
+        deter, stoch = self.posterior()
+        return deter.flatten(0, 1), stoch.flatten(0, 1)
+
+    def by_step(self, x: Tensor) -> Tensor:
+        """(N, …) -> (B, T, …)."""
+        return x.unflatten(0, (self.hyper["B"], self.hyper["T"]))
+
+    def check(self, key: str, value: Tensor) -> None:
+        """Our value is the official one."""
+        value = value.detach().numpy()
+        np.testing.assert_allclose(value, self.data[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-@pytest.fixture(params=FILES, ids=lambda path: path.stem)
-def golden(request) -> Golden:
+@pytest.fixture(
+    params=[pytest.param(path, id=path.stem, marks=pytest.mark.golden) for path in FILES]
+)
+def golden(request, argmax_sampling) -> Golden:
     return Golden(request.param)
 
 
-def test_golden_forward(golden, argmax_sampling):
-    official = {
-        k.removeprefix("params/")
-        for k in golden.data
-        if k.startswith("params/") and "retnorm" not in k
-    }
-    assert official == set(golden.names)
-    assert {id(p) for p in golden.agent.parameters()} == {id(p) for p in golden.names.values()}
-    agent, batch, args = golden.agent, golden.batch(), golden.args
-    losses, deter, stoch, feat, _ = dreamerv3.world_model_loss(agent, batch, args)
-    assert (
-        dreamerv3.stored_latents(deter.detach(), stoch)["stoch"]
-        == stoch.detach().argmax(-1).numpy()
-    ).all()
-    obs, state = batch["obs"], (batch["deter"], batch["stoch"])
-    embed, recon, reward = agent.encoder(obs), agent.decoder(deter, stoch), agent.reward(feat)
-    post = agent.rssm.observe(*state, batch["prev_action"], embed, batch["is_first"])[2]
-    golden.close(
-        "out/", tokens=embed, post_logit=post, deter=deter, stoch=stoch, reward_logits=reward
+def test_golden_files_have_every_weight_of_ours_and_no_other(golden):
+    official = set()
+    for key in golden.data:
+        if key.startswith("params/") and "retnorm" not in key:
+            official.add(key.removeprefix("params/"))
+    assert set(golden.names) == official
+    ours = {id(p) for p in golden.agent.parameters()}
+    assert {id(p) for p in golden.names.values()} == ours
+
+
+def test_golden_encoder(golden):
+    golden.check("out/tokens", golden.agent.encoder(golden.batch()["obs"]))
+
+
+def test_golden_filter(golden):
+    """Deter, posterior and its sample, from the official embedding."""
+    batch = golden.batch()
+    deter, stoch, post = golden.agent.rssm.observe(
+        batch["deter"],
+        batch["stoch"],
+        batch["prev_action"],
+        golden.tensor("out/tokens"),
+        batch["is_first"],
     )
-    golden.close(
-        "out/",
-        prior_logit=agent.rssm.prior(deter),
-        continue_prob=agent.cont(feat)[..., 0].sigmoid(),
+    golden.check("out/deter", deter)
+    golden.check("out/post_logit", post)
+    golden.check("out/stoch", stoch)
+
+
+def test_golden_filter_on_our_own_embedding(golden):
+    batch = golden.batch()
+    embed = golden.agent.encoder(batch["obs"])
+    deter, stoch, post = golden.agent.rssm.observe(
+        batch["deter"], batch["stoch"], batch["prev_action"], embed, batch["is_first"]
     )
-    for t in range(deter.shape[1]):  # acting sees the same latents as training
-        inputs = {key: x[:, t] for key, x in obs.items()}, (*state[:2], batch["prev_action"][:, t])
-        action, state = dreamerv3.policy(agent, *inputs, batch["is_first"][:, t])
-        torch.testing.assert_close(state, (deter[:, t], stoch[:, t], action), rtol=1e-4, atol=1e-5)
-    golden.close(
-        "out/",
-        reward_pred=agent.twohot.mean(reward),
-        value_pred=agent.twohot.mean(agent.critic(feat)),
-    )
-    if agent.action.nvec:
-        golden.close("out/", policy_logits=agent.actor.outs[0](agent.actor.mlp(feat)))
+    golden.check("out/deter", deter)
+    golden.check("out/post_logit", post)
+    golden.check("out/stoch", stoch)
+
+
+def test_golden_latents_of_acting_are_those_of_training(golden):
+    """The policy, step by step, sees what the filter sees, over the resets inside."""
+    agent = golden.agent
+    batch = golden.batch()
+    deter = batch["deter"]
+    stoch = batch["stoch"]
+    for t in range(golden.hyper["T"]):
+        obs = {key: x[:, t] for key, x in batch["obs"].items()}
+        state = (deter, stoch, batch["prev_action"][:, t])
+        action, state = dreamerv3.policy(agent, obs, state, batch["is_first"][:, t])
+        deter, stoch, acted = state
+        expected = golden.tensor("out/deter")[:, t]
+        torch.testing.assert_close(deter, expected, rtol=1e-4, atol=1e-5)
+        expected = golden.tensor("out/stoch")[:, t].float()
+        torch.testing.assert_close(stoch, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(acted, action)
+
+
+def test_golden_prior(golden):
+    deter, _ = golden.posterior()
+    golden.check("out/prior_logit", golden.agent.rssm.prior(deter))
+
+
+def test_golden_reward_head(golden):
+    logits = golden.agent.reward(golden.feat())
+    golden.check("out/reward_logits", logits)
+    golden.check("out/reward_pred", golden.agent.twohot.mean(logits))
+
+
+def test_golden_continue_head(golden):
+    logit = golden.agent.cont(golden.feat()).squeeze(-1)
+    golden.check("out/continue_prob", logit.sigmoid())
+
+
+def test_golden_critic(golden):
+    value = golden.agent.twohot.mean(golden.agent.critic(golden.feat()))
+    golden.check("out/value_pred", value)
+
+
+def test_golden_actor(golden):
+    actor = golden.agent.actor
+    feat = golden.feat()
+    if golden.agent.action.nvec:
+        golden.check("out/policy_logits", actor.outs[0](actor.mlp(feat)))
     else:
-        golden.close("out/", policy_mean=agent.actor(feat).mean, policy_std=agent.actor(feat).std)
-    recon_losses = {key: dreamerv3.recon_loss(x, obs[key]) for key, x in recon.items()}
-    golden.close("out/recon_", **recon)
-    golden.close("out/loss/", **recon_losses)
-    torch.testing.assert_close(losses["recon"], sum(recon_losses.values()), rtol=1e-4, atol=1e-5)
-    golden.close(
-        "out/loss/",
-        rew=losses["reward"],
-        con=losses["continue"],
-        dyn=losses["dyn"],
-        rep=losses["rep"],
-    )
-    lead, d = deter.shape[:2], agent.size.deter
-    imagined, actions = dreamerv3.imagine(
-        agent, deter.flatten(0, 1), stoch.flatten(0, 1), args.imagination_horizon
-    )
-    golden.close(
-        "out/imag_",
-        deter=imagined[:, 1:, :d],
-        stoch=imagined[:, 1:, d:].unflatten(-1, stoch.shape[-2:]),
-    )
-    stored = dreamerv3.decode_action(actions, agent.action)[:, :-1].float()
-    golden.close("out/imag_", action=stored.squeeze(-1) if agent.action.nvec else stored)
-    behavior, returns, metrics = dreamerv3.actor_critic_loss(agent, imagined, actions, args)
-    norm, boot = agent.return_norm, returns[:, 0].unflatten(0, lead)
-    replayed = dreamerv3.replay_critic_loss(agent, feat, batch, boot, args)
-    policy, value = (behavior[name].mean(1).unflatten(0, lead) for name in ("actor", "critic"))
-    golden.close("out/loss/", policy=policy, value=value, repval=replayed)
-    golden.close("out/retnorm/", lo=norm.lo, hi=norm.hi)
-    golden.close(
-        "out/metrics/",
-        ret=((returns - norm.lo) / norm.scale).mean(),
-        tar=metrics["behavior/return_mean"],
-    )
-    names = {"reward_mean": "rew", "continue_mean": "con", "value_mean": "val"}
-    names |= {"advantage_mag": "adv_mag", "actor_entropy": "ent/action"}
-    golden.close(
-        "out/metrics/", **{name: metrics[f"behavior/{ours}"] for ours, name in names.items()}
-    )
+        golden.check("out/policy_mean", actor(feat).mean)
+        golden.check("out/policy_std", actor(feat).std)
 
 
-def test_golden_updates(golden, argmax_sampling):
-    """Losses, gradients and all weights over the file's updates."""
-    agent, args, batch = golden.agent, golden.args, golden.batch()
+def test_golden_decoder(golden):
+    recon = golden.agent.decoder(*golden.posterior())
+    assert recon.keys() == golden.agent.specs.keys()
+    for key, value in recon.items():
+        golden.check(f"out/recon_{key}", value)
+
+
+def test_golden_reconstruction_losses(golden):
+    recon = golden.agent.decoder(*golden.posterior())
+    obs = golden.batch()["obs"]
+    for key, value in recon.items():
+        golden.check(f"out/loss/{key}", dreamerv3.recon_loss(value, obs[key]))
+
+
+def test_golden_world_model_loss(golden):
+    batch = golden.batch()
+    losses, deter, stoch, feat, _ = dreamerv3.world_model_loss(golden.agent, batch, golden.args)
+    golden.check("out/deter", deter)
+    golden.check("out/stoch", stoch)
+    assert torch.equal(feat, dreamerv3.get_feat(deter, stoch))
+    golden.check("out/loss/rew", losses["reward"])
+    golden.check("out/loss/con", losses["continue"])
+    golden.check("out/loss/dyn", losses["dyn"])
+    golden.check("out/loss/rep", losses["rep"])
+    recon = sum(golden.tensor(f"out/loss/{key}") for key in golden.agent.specs)
+    torch.testing.assert_close(losses["recon"].detach(), recon, rtol=1e-4, atol=1e-5)
+
+
+def test_golden_latents_are_stored_as_class_indices(golden):
+    deter, stoch = golden.posterior()
+    stored = dreamerv3.stored_latents(deter, stoch)
+    np.testing.assert_array_equal(stored["stoch"], golden.data["out/stoch"].argmax(-1))
+    np.testing.assert_allclose(stored["deter"], deter, rtol=1e-3, atol=1e-6)
+
+
+def test_golden_imagined_states(golden):
+    agent = golden.agent
+    feat, _ = dreamerv3.imagine(agent, *golden.start(), golden.args.imagination_horizon)
+    deter = feat[:, 1:, : agent.size.deter]
+    stoch = feat[:, 1:, agent.size.deter :]
+    groups = (agent.size.groups, agent.size.classes)
+    golden.check("out/imag_deter", deter)
+    golden.check("out/imag_stoch", stoch.unflatten(-1, groups))
+
+
+def test_golden_imagined_actions(golden):
+    """The file has all but the last one, as they are stored."""
+    agent = golden.agent
+    _, action = dreamerv3.imagine(agent, *golden.start(), golden.args.imagination_horizon)
+    stored = dreamerv3.decode_action(action[:, :-1], agent.action).float()
+    if agent.action.nvec:
+        stored = stored.squeeze(-1)
+    golden.check("out/imag_action", stored)
+
+
+def imagined_losses(golden: Golden):
+    """actor_critic_loss on what is imagined from the official posterior."""
+    horizon = golden.args.imagination_horizon
+    feat, action = dreamerv3.imagine(golden.agent, *golden.start(), horizon)
+    return dreamerv3.actor_critic_loss(golden.agent, feat, action, golden.args)
+
+
+def test_golden_actor_loss(golden):
+    actor, *_ = imagined_losses(golden)
+    golden.check("out/loss/policy", golden.by_step(actor.mean(1)))
+
+
+def test_golden_critic_loss(golden):
+    _, critic, *_ = imagined_losses(golden)
+    golden.check("out/loss/value", golden.by_step(critic.mean(1)))
+
+
+def test_golden_critic_loss_on_replayed_trajectories(golden):
+    _, _, returns, _ = imagined_losses(golden)
+    value = golden.by_step(returns[:, 0])
+    loss = dreamerv3.replay_critic_loss(
+        golden.agent, golden.feat(), golden.batch(), value, golden.args
+    )
+    golden.check("out/loss/repval", loss)
+
+
+def test_golden_return_range(golden):
+    _, _, returns, _ = imagined_losses(golden)
+    norm = golden.agent.return_norm
+    golden.check("out/retnorm/lo", norm.lo)
+    golden.check("out/retnorm/hi", norm.hi)
+    golden.check("out/metrics/ret", ((returns - norm.lo) / norm.scale).mean())
+
+
+def test_golden_metrics_of_the_behavior(golden):
+    *_, metrics = imagined_losses(golden)
+    golden.check("out/metrics/tar", metrics["behavior/return_mean"])
+    golden.check("out/metrics/rew", metrics["behavior/reward_mean"])
+    golden.check("out/metrics/con", metrics["behavior/continue_mean"])
+    golden.check("out/metrics/val", metrics["behavior/value_mean"])
+    golden.check("out/metrics/adv_mag", metrics["behavior/advantage_mag"])
+    golden.check("out/metrics/ent/action", metrics["behavior/actor_entropy"])
+
+
+def test_golden_loss_from_end_to_end(golden):
+    total, latents, metrics = dreamerv3.loss(golden.agent, golden.batch(), golden.args)
+    golden.check("out/loss/total", total)
+    golden.check("out/deter", latents[0])
+    golden.check("out/stoch", latents[1])
+    golden.check("out/metrics/dyn_ent", metrics["world_model/prior_entropy"])
+    golden.check("out/metrics/rep_ent", metrics["world_model/posterior_entropy"])
+
+
+def check_gradients(golden: Golden) -> None:
+    """Of the total loss, before clipping."""
+    total, *_ = dreamerv3.loss(golden.agent, golden.batch(), golden.args)
+    total.backward()
+    checked = 0
+    for name, param in golden.names.items():
+        if f"grad/{name}" in golden.data:
+            official = golden.as_ours(f"grad/{name}", param.shape)
+            error = (param.grad - official).norm()
+            assert error <= 1e-3 * official.norm() + 1e-6, name
+            checked += 1
+    assert checked > 0
+
+
+def check_updates(golden: Golden) -> None:
+    """Losses and gradient norms of the file's updates, and all weights after them."""
+    agent = golden.agent
+    args = golden.args
+    batch = golden.batch()
     start = {name: p.detach().clone() for name, p in golden.names.items()}
-    optimizer = dreamerv3.LaProp(
-        agent.trained(), args.learning_rate, args.warmup_updates, args.clip
-    )
-    update = partial(dreamerv3.train_step, agent, optimizer, args=args)
+    optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate, args.warmup_updates)
     for step in range(1, golden.hyper["steps"] + 1):
-        _, metrics = update(batch)
-        for key, value in {
-            "loss": metrics["losses/total"],
-            "grad_norm": metrics["optim/grad_norm"],
-        }.items():
-            np.testing.assert_allclose(
-                value, golden.data[f"step{step}/{key}"], rtol=1e-4, err_msg=f"step {step} {key}"
-            )
-        golden.close(
-            f"step{step}/", retnorm=torch.stack([agent.return_norm.lo, agent.return_norm.hi])
-        )
+        _, metrics = dreamerv3.train_step(agent, optimizer, batch, args)
+        official = golden.data[f"step{step}/loss"]
+        np.testing.assert_allclose(metrics["losses/total"], official, rtol=1e-4)
+        official = golden.data[f"step{step}/grad_norm"]
+        np.testing.assert_allclose(metrics["optim/grad_norm"], official, rtol=1e-4)
+        norm = agent.return_norm
+        golden.check(f"step{step}/retnorm", torch.stack([norm.lo, norm.hi]))
         if step == 1:
-            golden.close("out/metrics/", dyn_ent=metrics["world_model/prior_entropy"])
-            golden.close("out/metrics/", rep_ent=metrics["world_model/posterior_entropy"])
-            for name, p in golden.names.items():
-                if f"grad/{name}" in golden.data:
-                    reference = golden.convert(f"grad/{name}", p.shape)
-                    assert (p.grad - reference).norm() <= 1e-3 * reference.norm() + 1e-6, (
-                        f"gradient of {name}"
-                    )
-    for name, p in golden.names.items():
-        reference = golden.convert(f"after/{name}", p.shape)
-        assert (p - reference).norm() <= 2e-3 * (reference - start[name]).norm() + 1e-6, (
-            f"{name} after the updates"
+            golden.check("out/metrics/dyn_ent", metrics["world_model/prior_entropy"])
+            golden.check("out/metrics/rep_ent", metrics["world_model/posterior_entropy"])
+    for name, param in golden.names.items():
+        official = golden.as_ours(f"after/{name}", param.shape)
+        change = (official - start[name]).norm()
+        assert (param - official).norm() <= 2e-3 * change + 1e-6, name
+
+
+def test_golden_gradients(golden):
+    check_gradients(golden)
+
+
+def test_golden_updates(golden):
+    check_updates(golden)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_compiled_updates_equal_the_official_ones(path, argmax_sampling):
+    """Not part of `-k golden`: with a cold compiler cache it takes a minute."""
+    torch.compiler.set_stance("default")
+    golden = Golden(path)
+    check_gradients(golden)
+    golden.load_weights()
+    check_updates(golden)
+
+
+# === the mean of a twohot =========================================================================
+def far_bins_fall() -> Tensor:
+    """Logits (4096, 255) as in the first updates: the far bins of every row fall together, by an
+    amount of its own, so that mirrored bins are equal and the mean is 0."""
+    distance = (torch.arange(255) - 127).abs()
+    amount = torch.linspace(0, 3, 4096).unsqueeze(-1)
+    return torch.where(distance > 64, -amount, 0.0)
+
+
+def mean_function(mean: str, compiled: bool):
+    """TwoHot.mean, compiled or not."""
+    twohot = TwoHot(mean=mean)
+    if not compiled:
+        return twohot.mean
+    torch.compiler.set_stance("default")
+    return torch.compile(twohot.mean)
+
+
+eager_and_compiled = pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["eager", "compiled"],
+)
+
+
+def test_rounded_mean_of_uniform_logits_is_a_rounding_error_of_the_far_bins():
+    """0.17 in size, with a sign that depends on the last digit of the softmax."""
+    mean = TwoHot().mean(torch.zeros(255))
+    assert 0.05 < mean.abs() < 0.25
+
+
+@eager_and_compiled
+def test_exact_mean_is_0_where_mirrored_bins_are_equal(compiled):
+    mean = mean_function("exact", compiled)
+    assert (mean(far_bins_fall()) == 0).all()
+
+
+@eager_and_compiled
+def test_rounded_mean_is_noise_around_0_where_mirrored_bins_are_equal(compiled):
+    mean = mean_function("rounded", compiled)
+    noise = mean(far_bins_fall())
+    assert noise.mean().abs() < 0.02
+    assert 0.03 < noise.std() < 0.3
+
+
+def one_unit_more() -> Tensor:
+    """The logits of far_bins_fall with one unit in the last place more in the last 31 columns, the
+    remainder of a vector loop."""
+    logits = far_bins_fall()
+    last = logits[:, 224:]
+    logits[:, 224:] = torch.nextafter(last, torch.tensor(math.inf))
+    return logits
+
+
+@eager_and_compiled
+def test_exact_mean_ignores_one_unit_in_the_last_place(compiled):
+    mean = mean_function("exact", compiled)
+    change = mean(one_unit_more()) - mean(far_bins_fall())
+    assert change.abs().max() < 0.01
+
+
+@eager_and_compiled
+def test_one_unit_in_the_last_place_changes_the_rounded_mean_by_no_more_than_its_noise(compiled):
+    """The difference of two independent draws of the noise has sqrt(2) of its standard deviation,
+    and at most twice its size."""
+    mean = mean_function("rounded", compiled)
+    noise = mean(far_bins_fall())
+    change = mean(one_unit_more()) - noise
+    assert change.mean().abs() < 0.02
+    assert change.std() <= math.sqrt(2) * noise.std()
+    assert change.abs().max() <= 2 * noise.abs().max()
+
+
+def two_bins(index: int, weight: float) -> list[float]:
+    """Probabilities of 255 bins: all mass on this bin and, by its weight, on the next one."""
+    weights = [0.0] * 255
+    weights[index] = 1 - weight
+    weights[index + 1] = weight
+    return weights
+
+
+@pytest.mark.parametrize("mean", ["rounded", "exact"])
+@pytest.mark.parametrize("space", ["symexp", "symlog"])
+@pytest.mark.parametrize("index", [0, 3, 100, 140, 200, 253])
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0], ids=["one bin", "two bins", "the next bin"])
+def test_mean_of_mass_on_one_or_two_bins_is_right(index, weight, space, mean):
+    twohot = TwoHot(space=space, mean=mean)
+    low, high = twohot.bins.double()[index : index + 2]
+    expected = (1 - weight) * low + weight * high
+    if space == "symlog":
+        expected = networks.symexp(expected)
+    value = predict(twohot, two_bins(index, weight))
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("space", ["symexp", "symlog"])
+def test_twohot_bins_are_exactly_symmetric(space):
+    bins = TwoHot(space=space).bins
+    assert len(bins) == 255
+    assert bins[127] == 0
+    assert torch.equal(bins, -bins.flip(0))
+
+
+def test_symexp_bins_are_the_symexp_of_even_ones():
+    expected = networks.symexp(torch.linspace(-20, 20, 255))
+    torch.testing.assert_close(TwoHot().bins, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_symlog_bins_are_even():
+    expected = torch.linspace(-20, 20, 255)
+    torch.testing.assert_close(TwoHot(space="symlog").bins, expected, rtol=1e-4, atol=1e-6)
+
+
+TARGETS = [0.0, 0.3, -2.5, 123.0, 1000.0, -1e5, TwoHot().bins[200].item(), 1e12, -1e12]
+
+
+def expected_encoding(bins: Tensor, target: float) -> Tensor:
+    """Twohot weights in float64, by their definition."""
+    target = min(max(target, bins[0].item()), bins[-1].item())
+    above = 1
+    while above < len(bins) - 1 and bins[above] < target:
+        above += 1
+    low = bins[above - 1]
+    high = bins[above]
+    encoding = torch.zeros(len(bins), dtype=torch.float64)
+    encoding[above - 1] = (high - target) / (high - low)
+    encoding[above] = (target - low) / (high - low)
+    return encoding
+
+
+@pytest.mark.parametrize("space", ["symexp", "symlog"])
+@pytest.mark.parametrize("value", TARGETS)
+def test_twohot_loss_is_the_cross_entropy_with_the_two_bins_around_a_target(value, space):
+    """Also of bfloat16 logits, as autocast gives them, and of targets beyond the bins."""
+    twohot = TwoHot(space=space)
+    logits = torch.randn(255).bfloat16()
+    y = torch.tensor(value)
+    target = networks.symlog(y) if space == "symlog" else y
+    encoding = expected_encoding(twohot.bins.double(), target.item())
+    expected = -(encoding * logits.double().log_softmax(0)).sum()
+    assert twohot.loss(logits, y).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mean", ["rounded", "exact"])
+@pytest.mark.parametrize("space", ["symexp", "symlog"])
+@pytest.mark.parametrize("value", TARGETS)
+def test_mean_of_the_encoding_is_the_target_cut_to_the_range_of_the_bins(value, space, mean):
+    twohot = TwoHot(space=space, mean=mean)
+    bins = twohot.bins.double()
+    target = torch.tensor(value).double()
+    target = networks.symlog(target) if space == "symlog" else target
+    target = target.clamp(bins[0], bins[-1])
+    encoding = expected_encoding(bins, target.item())
+    expected = networks.symexp(target) if space == "symlog" else target
+    value = predict(twohot, encoding.tolist())
+    assert value == pytest.approx(expected.item(), rel=1e-3, abs=1e-3)
+
+
+twohot_heads = pytest.mark.parametrize("name", ["reward", "critic", "slow_critic"])
+
+
+@pytest.mark.parametrize("space", ["symexp", "symlog"])
+@twohot_heads
+def test_an_untrained_agent_predicts_0_with_the_exact_mean(name, space):
+    """The last layer of reward and critic begins with outscale 0."""
+    args = Args(twohot=space, twohot_mean="exact", bins=31)
+    agent = Agent(VECTOR, THREE, TINY, args)
+    logits = getattr(agent, name)(torch.randn(9, 48))
+    assert logits.shape == (9, 31)
+    assert (agent.twohot.mean(logits) == 0).all()
+
+
+@twohot_heads
+def test_an_untrained_agent_predicts_a_rounding_error_by_default(name):
+    agent = Agent(VECTOR, THREE, TINY, Args())
+    logits = getattr(agent, name)(torch.randn(9, 48))
+    size = agent.twohot.mean(logits).abs()
+    assert size.min() > 0.05
+    assert size.max() < 0.25
+
+
+# === distributions and layers: what the golden numbers do not reach ===============================
+def test_uniform_noise_is_divided_in_proportion_to_the_probabilities():
+    u = (torch.arange(10_000) + 0.5) / 10_000
+    probs = torch.tensor([0.1, 0.6, 0.3]).expand(10_000, 3)
+    assert networks.sample_index(probs, u).bincount().tolist() == [1000, 6000, 3000]
+
+
+def test_a_class_of_probability_0_is_never_sampled():
+    probs = torch.tensor([1.0, 0.0, 0.0])
+    assert networks.sample_index(probs, torch.tensor(0.9999999)) == 0
+
+
+def test_a_sample_exists_where_rounding_leaves_a_sum_below_1():
+    probs = torch.tensor([0.2, 0.2, 0.2])
+    assert networks.sample_index(probs, torch.tensor(0.99)) == 2
+
+
+def two_categoricals() -> tuple:
+    """Six pairs of random categoricals of 3 and 4 classes, ours and torch's, an action (6, 7) and
+    its indices (6, 2)."""
+    logits = [torch.randn(6, 3), torch.randn(6, 4)]
+    ours = networks.MultiOneHot(logits, unimix=0.0)
+    reference = [torch.distributions.Categorical(logits=x) for x in logits]
+    index = torch.stack([torch.arange(6) % 3, torch.arange(6) % 4], -1)
+    action = torch.cat([torch.eye(3)[index[:, 0]], torch.eye(4)[index[:, 1]]], -1)
+    return ours, reference, action, index
+
+
+def test_log_prob_of_independent_categoricals_is_that_of_torch():
+    ours, (first, second), action, index = two_categoricals()
+    expected = first.log_prob(index[:, 0]) + second.log_prob(index[:, 1])
+    torch.testing.assert_close(ours.log_prob(action), expected)
+
+
+def test_entropy_of_independent_categoricals_is_that_of_torch():
+    ours, (first, second), _, _ = two_categoricals()
+    torch.testing.assert_close(ours.entropy(), first.entropy() + second.entropy())
+
+
+def test_independent_categoricals_are_sampled_with_noise_of_their_own():
+    """The lowest noise gives the first class of the first one, the highest the last class of the
+    second."""
+    ours, *_ = two_categoricals()
+    u = torch.tensor([0.0, 0.9999999]).expand(6, 2)
+    expected = torch.tensor([[1.0, 0, 0, 0, 0, 0, 1]]).expand(6, 7)
+    assert torch.equal(ours.sample(u), expected)
+
+
+def test_a_normal_has_the_log_prob_and_entropy_of_torch():
+    mean = torch.randn(6, 2)
+    std = torch.rand(6, 2) + 0.1
+    action = torch.randn(6, 2)
+    ours = networks.Normal(mean, std)
+    reference = torch.distributions.Normal(mean, std)
+    torch.testing.assert_close(ours.log_prob(action), reference.log_prob(action).sum(-1))
+    torch.testing.assert_close(ours.entropy(), reference.entropy().sum(-1))
+
+
+def test_encode_action_makes_one_hot_vectors_side_by_side():
+    _, _, action, index = two_categoricals()
+    encoded = dreamerv3.encode_action(index, ActionSpec((3, 4), 7))
+    torch.testing.assert_close(encoded, action)
+
+
+def test_decode_action_is_the_inverse_of_encode_action():
+    _, _, action, index = two_categoricals()
+    decoded = dreamerv3.decode_action(action, ActionSpec((3, 4), 7))
+    assert torch.equal(decoded, index)
+
+
+def test_loss_of_a_discrete_key_is_the_cross_entropy_of_torch():
+    recon = torch.randn(2, 6, 2, 3)
+    target = torch.randint(3, (2, 6, 2))
+    reference = torch.distributions.Categorical(logits=recon)
+    expected = -reference.log_prob(target).sum(-1)
+    torch.testing.assert_close(dreamerv3.recon_loss(recon, target), expected)
+
+
+def assert_independent(samples: Tensor) -> None:
+    """One-hot samples (N, L, …, K) of nearly uniform categoricals: neighbors on axis 1 agree by
+    chance only, in 1 of K rows, not always."""
+    agree = (samples[:, 1:] * samples[:, :-1]).sum(-1)
+    assert agree.mean(0).max() < 0.7
+
+
+def agent_of_uniform_latents() -> Agent:
+    return make_agent(unimix=1 - 1e-7)[0]
+
+
+def test_every_imagined_action_has_noise_of_its_own():
+    agent = agent_of_uniform_latents()
+    _, action = dreamerv3.imagine(agent, *agent.rssm.initial(500)[:2], 3)
+    assert_independent(action)
+
+
+def test_every_step_and_group_of_imagination_has_noise_of_its_own():
+    agent = agent_of_uniform_latents()
+    feat, _ = dreamerv3.imagine(agent, *agent.rssm.initial(500)[:2], 3)
+    stoch = feat[:, 1:, 32:].unflatten(-1, (4, 4))  # (N, H, S, K)
+    assert_independent(stoch)
+    assert_independent(stoch.swapaxes(1, 2))
+
+
+def test_every_step_and_group_of_filtering_has_noise_of_its_own():
+    agent = agent_of_uniform_latents()
+    deter, stoch, _ = agent.rssm.initial(500)
+    action = torch.zeros(500, 3, 3)
+    embed = torch.zeros(500, 3, 16)
+    is_first = torch.ones(500, 3, dtype=torch.bool)
+    _, stoch, _ = agent.rssm.observe(deter, stoch, action, embed, is_first)
+    assert_independent(stoch)
+    assert_independent(stoch.swapaxes(1, 2))
+
+
+def test_every_group_of_an_acting_agent_has_noise_of_its_own():
+    agent = agent_of_uniform_latents()
+    obs = {"vector": torch.zeros(500, 5)}
+    is_first = torch.ones(500, dtype=torch.bool)
+    _, state = dreamerv3.policy(agent, obs, agent.rssm.initial(500), is_first)
+    assert_independent(state[1])
+
+
+def test_every_component_of_a_continuous_action_has_noise_of_its_own():
+    actor = networks.Actor(400, 300, ActionSpec((), 2), 0.0)
+    noise = actor.noise(10_000)
+    covariance = noise.T @ noise / 10_000
+    assert (covariance - torch.eye(2)).abs().max() < 0.06
+
+
+def test_linear_kernels_have_the_std_of_their_width_and_outscale():
+    weight = networks.linear(400, 300, outscale=0.5).weight
+    assert weight.std().item() == pytest.approx(0.5 / math.sqrt(400), rel=0.02)
+
+
+def test_linear_kernels_are_cut_at_two_std():
+    weight = networks.linear(400, 300, outscale=0.5).weight
+    assert weight.abs().max() <= 0.5 * 2 * 1.1368 / math.sqrt(400)
+
+
+def test_biases_are_0():
+    assert not networks.linear(400, 300).bias.any()
+    assert not networks.BlockLinear(256, 512, 8).bias.any()
+    assert not networks.conv5(16, 64).bias.any()
+
+
+def test_block_linear_kernels_have_the_std_of_the_full_input_width():
+    weight = networks.BlockLinear(256, 512, 8, shared=96).weight
+    expected = 1 / math.sqrt(256 + 8 * 96)
+    assert weight.std().item() == pytest.approx(expected, rel=0.02)
+
+
+def test_convolution_kernels_have_the_std_of_their_window():
+    weight = networks.conv5(16, 64).weight
+    assert weight.std().item() == pytest.approx(1 / math.sqrt(25 * 16), rel=0.02)
+
+
+def test_the_actor_is_almost_uniform_at_first():
+    actor = networks.Actor(400, 300, ActionSpec((), 2), 0.0)
+    assert actor.outs[0].weight.std() < 0.01
+
+
+def test_upsampling_and_convolving_equals_its_definition():
+    conv = networks.conv5(3, 4).double()
+    nn.init.normal_(conv.bias)
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)  # not square
+    expected = conv(nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(networks.upsample_conv(x, conv), expected)
+
+
+@pytest.mark.parametrize(
+    "size, of_image, of_vector",
+    [
+        ("1m", 686_456, 640_477),
+        ("12m", 10_492_616, 9_736_477),
+        ("25m", 23_487_016, 21_780_637),
+        ("50m", 41_646_984, 38_608_925),
+        ("100m", 93_463_624, 86_617_885),
+        ("200m", 165_942_536, 153_763_357),
+        ("400m", 372_887_176, 345_463_837),
+    ],
+)
+def test_parameter_counts_are_those_of_the_official_code(size, of_image, of_vector):
+    """With 6 discrete actions and a 64x64x3 image, or a vector of 24 numbers."""
+    assert count_parameters(size, ObsSpec((64, 64, 3))) == of_image
+    assert count_parameters(size, ObsSpec((24,))) == of_vector
+
+
+def count_parameters(size: str, spec: ObsSpec) -> int:
+    with torch.device("meta"):
+        agent = Agent({"obs": spec}, ActionSpec((6,), 6), SIZES[size], Args())
+    return sum(p.numel() for p in agent.trained())
+
+
+def test_every_size_is_counted():
+    assert list(SIZES) == ["1m", "12m", "25m", "50m", "100m", "200m", "400m"]
+
+
+# === returns, optimizer, flags ====================================================================
+# 21 returns: the ranks of the percentiles are whole numbers
+RETURN_SHAPES = [(1,), (2, 1), (21,), (16, 15)]
+
+
+@pytest.mark.parametrize("shape", RETURN_SHAPES, ids=str)
+def test_return_range_follows_the_percentiles_of_numpy(shape):
+    returns = 1000 * torch.randn(shape)
+    norm = dreamerv3.ReturnNorm()
+    lo, hi = np.percentile(returns.numpy(), [5, 95])
+    for share in (0.01, 0.0199):  # of the way from 0 to the percentile
+        norm.update(returns)
+        np.testing.assert_allclose(norm.lo, share * lo, rtol=1e-5)
+        np.testing.assert_allclose(norm.hi, share * hi, rtol=1e-5)
+    np.testing.assert_allclose(norm.scale, max(1, share * (hi - lo)), rtol=1e-5)
+
+
+class Trajectory(NamedTuple):
+    """Arrays of one length; value is the bootstrap."""
+
+    reward: np.ndarray
+    value: np.ndarray
+    discount: np.ndarray
+    is_last: np.ndarray
+
+
+def random_trajectory(rng: np.random.Generator, length: int) -> Trajectory:
+    """With terminations and truncations inside."""
+    terminal = rng.random(length) < 0.15
+    cut = rng.random(length) < 0.15
+    reward = rng.normal(size=length)
+    value = rng.normal(size=length)
+    return Trajectory(reward, value, 0.97 * ~terminal, terminal | cut)
+
+
+def n_step_return(x: Trajectory, t: int, n: int) -> float:
+    """n discounted rewards after state t and then the value, or fewer where the episode ends."""
+    if n == 0:
+        return x.value[t]
+    steps = 0 if x.is_last[t + 1] else n - 1
+    return x.reward[t + 1] + x.discount[t + 1] * n_step_return(x, t + 1, steps)
+
+
+def weighted_n_step_returns(x: Trajectory, t: int, lam: float) -> float:
+    """The definition of the lambda-return of state t."""
+    steps = len(x.reward) - 1 - t
+    total = lam ** (steps - 1) * n_step_return(x, t, steps)
+    for n in range(1, steps):
+        total += (1 - lam) * lam ** (n - 1) * n_step_return(x, t, n)
+    return total
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+def test_lambda_return_equals_the_weighted_sum_of_n_step_returns(lam):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x = random_trajectory(rng, length=7)
+        row = Trajectory(*[torch.tensor(array)[None] for array in x])
+        returns = dreamerv3.lambda_return(row.reward, row.value, row.discount, lam, row.is_last)
+        expected = [weighted_n_step_returns(x, t, lam) for t in range(6)]
+        np.testing.assert_allclose(returns[0], expected, rtol=1e-5, atol=1e-6)
+
+
+class PlainOptimizer:
+    """Adaptive clipping and LaProp of one tensor, in float64, as the paper writes them."""
+
+    def __init__(self, param: Tensor):
+        self.param = param.detach().double()
+        self.exp_avg = 0.0
+        self.exp_avg_sq = 0.0
+        self.steps = 0
+
+    def step(self, grad: Tensor, lr: float) -> None:
+        self.steps += 1
+        limit = 0.3 * max(1e-3, self.param.norm())
+        grad = grad * min(1, limit / grad.norm())
+        self.exp_avg_sq = 0.999 * self.exp_avg_sq + 0.001 * grad**2
+        rms = (self.exp_avg_sq / (1 - 0.999**self.steps)).sqrt()
+        self.exp_avg = 0.9 * self.exp_avg + 0.1 * grad / (rms + 1e-20)
+        self.param = self.param - lr * self.exp_avg / (1 - 0.9**self.steps)
+
+
+def test_optimizer_equals_a_plain_loop():
+    """Over seven updates with gradients of very different sizes."""
+    params = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.zeros(5))]
+    plain = [PlainOptimizer(p) for p in params]
+    optimizer = dreamerv3.LaProp(params, lr=0.1, warmup=4)
+    for step in range(7):
+        lr = 0.1 * min(1, step / 4)
+        for p, reference in zip(params, plain, strict=True):
+            p.grad = torch.randn(p.shape) * 10 ** (step - 3)
+            reference.step(p.grad.double(), lr)
+        dreamerv3.clip_gradients(params, 0.3)
+        optimizer.step()
+        for p, reference in zip(params, plain, strict=True):
+            torch.testing.assert_close(p.double(), reference.param, rtol=1e-3, atol=1e-5)
+
+
+def first_change(optimizer: dreamerv3.LaProp) -> float:
+    """How far the optimizer moves its one number when its gradient is 1."""
+    (param,) = optimizer.param_groups[0]["params"]
+    before = param.item()
+    param.grad = torch.ones(1)
+    optimizer.step()
+    return before - param.item()
+
+
+def test_lr_can_be_filled_between_updates():
+    optimizer = dreamerv3.LaProp([parameter([1.0], grad=[1.0])], lr=0.1)
+    optimizer.param_groups[0]["lr"].fill_(0.05)
+    assert first_change(optimizer) == pytest.approx(0.05, rel=1e-5)
+
+
+def test_lr_stays_the_tensor_that_a_graph_has_captured_when_a_scheduler_changes_it():
+    optimizer = dreamerv3.LaProp([parameter([1.0], grad=[1.0])], lr=0.1)
+    captured = optimizer.param_groups[0]["lr"]
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    assert first_change(optimizer) == pytest.approx(0.1, rel=1e-5)
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] is captured
+    assert captured.item() == pytest.approx(0.05)
+    assert first_change(optimizer) == pytest.approx(0.05, rel=1e-5)
+
+
+def test_the_warm_up_multiplies_the_lr_of_a_scheduler():
+    optimizer = dreamerv3.LaProp([parameter([1.0], grad=[1.0])], lr=0.1, warmup=2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    changes = []
+    for _ in range(3):
+        changes.append(first_change(optimizer))
+        schedule.step()
+    assert changes == pytest.approx([0, 0.1 * 0.5 * 0.5, 0.1 * 0.25], abs=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_lr_takes_effect_while_a_graph_is_replayed():
+    param = nn.Parameter(torch.ones(1, device="cuda"))
+    param.grad = torch.ones(1, device="cuda")
+    optimizer = dreamerv3.LaProp([param], lr=0.1)
+
+    def update(grad: Tensor) -> Tensor:
+        param.grad.copy_(grad)
+        return optimizer.step()[1]
+
+    graph = dreamerv3.Graph(update)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    changes = []
+    for _ in range(4):
+        changes.append(graph(torch.ones(1, device="cuda")).item())
+        schedule.step()
+    assert changes == pytest.approx([0.1, 0.05, 0.025, 0.0125], rel=1e-4)
+
+
+UPDATE_FLAGS = [
+    ("pred_scale", 3.0),
+    ("dyn_scale", 3.0),
+    ("rep_scale", 3.0),
+    ("free_nats", 3.0),
+    ("ent_coef", 3.0),
+    ("slow_critic_scale", 3.0),
+    ("replay_critic_scale", 0.5),
+    ("gamma", 0.5),
+    ("return_lambda", 0.5),
+    ("unimix", 0.5),
+    ("actor_unimix", 0.5),
+    ("twohot", "symlog"),
+    ("imagination_horizon", 2),
+    ("precision", "bfloat16"),
+]
+ALL_UPDATE_FLAGS = [*UPDATE_FLAGS, ("tau", 0.5)]
+
+
+def update_once(**flags) -> tuple[Agent, dict[str, Tensor]]:
+    """The agent after an update of learning rate 0, and metrics; equal but for these flags."""
+    torch.manual_seed(0)
+    agent, args = make_agent(**flags)
+    optimizer = dreamerv3.LaProp(agent.trained(), lr=0.0)
+    _, metrics = dreamerv3.train_step(agent, optimizer, make_batch(agent), args)
+    return agent, metrics
+
+
+@pytest.mark.parametrize("flag, value", UPDATE_FLAGS)
+def test_every_flag_of_the_update_changes_its_loss(flag, value):
+    _, metrics = update_once()
+    _, changed = update_once(**{flag: value})
+    assert metrics["losses/total"] != changed["losses/total"]
+
+
+def test_tau_changes_the_slow_critic():
+    agent, _ = update_once()
+    changed, _ = update_once(tau=0.5)
+    assert not torch.equal(agent.slow_critic[1].weight, changed.slow_critic[1].weight)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.02, 1.0])
+def test_the_slow_critic_goes_tau_of_the_way_to_the_critic(tau):
+    torch.manual_seed(0)
+    before, _ = make_agent()
+    after, _ = update_once(tau=tau)
+    slow = before.slow_critic[1].weight
+    fast = after.critic[1].weight
+    expected = (1 - tau) * slow + tau * fast
+    torch.testing.assert_close(after.slow_critic[1].weight, expected)
+
+
+@pytest.mark.parametrize("flag, value", ALL_UPDATE_FLAGS)
+def test_dyn_and_rep_loss_have_the_same_value(flag, value):
+    """They differ in their gradients alone."""
+    _, metrics = update_once(**{flag: value})
+    assert metrics["losses/dyn"] == metrics["losses/rep"]
+
+
+@pytest.mark.parametrize("flag, value", ALL_UPDATE_FLAGS)
+def test_all_metrics_are_float32(flag, value):
+    _, metrics = update_once(**{flag: value})
+    for name, x in metrics.items():
+        assert x.dtype == torch.float32, name
+
+
+# === gradients, devices, graphs ===================================================================
+class NoHostSync(TorchDispatchMode):
+    """Fails on every operation that makes the host wait for the device or has a data-dependent
+    shape."""
+
+    FORBIDDEN = [
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "item",
+        "is_nonzero",
+        "equal.",
+        "lift_fresh",
+    ]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for name in self.FORBIDDEN:
+            assert name not in str(function), f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+ACTION_SPECS = {
+    "discrete": THREE,
+    "multi-discrete": ActionSpec((3, 2), 5),
+    "continuous": ActionSpec((), 2),
+}
+every_action = pytest.mark.parametrize("kind", ACTION_SPECS)
+# on the meta device an operation that mixes devices raises, as it would on a GPU
+every_device = pytest.mark.parametrize(
+    "device, precision",
+    [("cpu", "float32"), ("cpu", "bfloat16"), ("meta", "float32")],
+)
+
+
+class Updated(NamedTuple):
+    agent: Agent
+    latents: tuple[Tensor, Tensor]
+    metrics: dict[str, Tensor]
+
+
+@cache
+def update_without_waiting(kind: str, device: str, precision: str) -> Updated:
+    """One update; fails where it waits for the device."""
+    agent, args = make_agent(SPECS, ACTION_SPECS[kind], free_nats=0.0, precision=precision)
+    batch = tree_map(lambda x: x.to(device), make_batch(agent))
+    agent = agent.to(device)
+    optimizer = dreamerv3.LaProp(agent.trained(), args.learning_rate)
+    with NoHostSync():
+        latents, metrics = dreamerv3.train_step(agent, optimizer, batch, args)
+    return Updated(agent, latents, metrics)
+
+
+@every_device
+@every_action
+def test_an_update_stays_on_the_device(kind, device, precision):
+    update = update_without_waiting(kind, device, precision)
+    for x in (*update.latents, *update.metrics.values()):
+        assert x.device.type == device
+
+
+@every_device
+@every_action
+def test_latents_and_metrics_of_an_update_are_detached(kind, device, precision):
+    update = update_without_waiting(kind, device, precision)
+    for x in (*update.latents, *update.metrics.values()):
+        assert not x.requires_grad
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@every_action
+def test_an_update_reaches_every_parameter(kind, precision):
+    update = update_without_waiting(kind, "cpu", precision)
+    for name, p in update.agent.named_parameters():
+        if p.requires_grad:
+            assert p.grad.any(), name
+
+
+@every_device
+@every_action
+def test_the_policy_stays_on_the_device(kind, device, precision):
+    agent, _ = make_agent(SPECS, ACTION_SPECS[kind], precision=precision)
+    batch = tree_map(lambda x: x[:, 0].to(device), make_batch(agent)["obs"])
+    agent = agent.to(device)
+    is_first = torch.tensor([True, False]).to(device)
+    with NoHostSync():
+        action, _ = dreamerv3.policy(agent, batch, agent.rssm.initial(2), is_first)
+    assert action.shape == (2, agent.action.size)
+    assert action.device.type == device
+    assert not action.requires_grad
+
+
+def three_updates_on_cuda(precision: str, wrap) -> list:
+    """Latents and metrics of three updates, and the weights after them; wrap: dreamerv3.Graph or
+    nothing."""
+    torch.manual_seed(0)
+    agent, args = make_agent(SPECS, precision=precision)
+    batches = [tree_map(Tensor.cuda, make_batch(agent)) for _ in range(3)]
+    batches[2]["reward"] += 1  # what a graph has to be told
+    optimizer = dreamerv3.LaProp(agent.cuda().trained(), 1e-3)
+    update = wrap(partial(dreamerv3.train_step, agent, optimizer, args=args))
+    results = [update(batch) for batch in batches]
+    return [*results, agent.state_dict()]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_captured_updates_are_the_updates(precision):
+    plain = three_updates_on_cuda(precision, lambda update: update)
+    captured = three_updates_on_cuda(precision, dreamerv3.Graph)
+    torch.testing.assert_close(captured, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_a_graph_runs_its_function_plainly_and_then_captures_it_once(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", MagicMock())
+    graph = dreamerv3.Graph(Mock(side_effect=lambda x: x))
+    results = [graph(torch.tensor(i)) for i in range(5)]
+    assert graph.function.call_count == 2
+    assert graph.graph.replay.call_count == 4
+    assert results == [0, 1, 2, 3, 4]  # not overwritten by the next call
+
+
+def test_a_graph_that_cannot_be_captured_ends_the_program_with_the_cause(monkeypatch):
+    cuda = MagicMock()
+    cuda.graph.return_value.__exit__.side_effect = RuntimeError("a consequence")
+    monkeypatch.setattr(torch, "cuda", cuda)
+    graph = dreamerv3.Graph(Mock(side_effect=[0, RuntimeError("the cause")]))
+    assert graph(torch.ones(1)) == 0
+    message = "cannot capture a CUDA graph, add --no-cudagraphs: the cause"
+    with pytest.raises(dreamerv3.UserError, match=message):
+        graph(torch.ones(1))
+
+
+def working_backend(graph, inputs):
+    return graph
+
+
+def broken_backend(graph, inputs):
+    raise ZeroDivisionError("no compiler")
+
+
+def test_functions_are_compiled_if_a_compiler_works(capsys, monkeypatch):
+    compiler = partial(torch.compile, backend=working_backend)
+    monkeypatch.setattr(torch, "compile", compiler)
+    dreamerv3.use_compiler(True, torch.device("cpu"))
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert "cannot compile" not in capsys.readouterr().out
+
+
+def test_without_a_compiler_the_program_goes_on_in_eager_mode(capsys, monkeypatch):
+    compiler = partial(torch.compile, backend=broken_backend)
+    monkeypatch.setattr(torch, "compile", compiler)
+    dreamerv3.use_compiler(True, torch.device("cpu"))
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    assert "cannot compile, going on in eager mode: " in capsys.readouterr().out
+
+
+# === the time line ================================================================================
+class ChainRun(NamedTuple):
+    """A short run on the chain environment, and what it sampled."""
+
+    terminal: bool  # how its episodes end
+    windows: str
+    batches: list[dict[str, np.ndarray]]
+    written: list[str]  # the windows of the buffer, at every latent write-back
+
+    def rows(self, name: str) -> np.ndarray:
+        """(all rows, T, …) of all batches."""
+        return np.concatenate([batch[name] for batch in self.batches])
+
+    @property
+    def position(self) -> np.ndarray:
+        return self.rows("obs/obs")[..., 0]
+
+
+CHAIN_RUNS = [
+    ("DreamerChain-v0", "episode"),
+    ("DreamerChain-v0", "stream"),
+    ("DreamerTruncatedChain-v0", "episode"),
+    ("DreamerTruncatedChain-v0", "stream"),
+]
+
+
+@pytest.fixture(scope="module", params=CHAIN_RUNS, ids="-".join)
+def chain(request, tmp_path_factory) -> ChainRun:
+    env_id, windows = request.param
+    run = ChainRun(env_id == "DreamerChain-v0", windows, [], [])
+    convert = dreamerv3.batch_to_device
+    write = Replay.update_latents
+
+    def record_batch(batch, *rest):
+        run.batches.append(batch)
+        return convert(batch, *rest)
+
+    def record_write(replay, *args, **kwargs):
+        run.written.append(replay.windows)
+        return write(replay, *args, **kwargs)
+
+    program = Program(tmp_path_factory.mktemp("chain"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dreamerv3, "batch_to_device", record_batch)
+        patch.setattr(Replay, "update_latents", record_write)
+        program.train(env_id=env_id, replay_windows=windows, total_timesteps=90)
+    return run
+
+
+def test_a_chain_run_makes_one_update_every_two_steps_and_writes_its_latents_back(chain):
+    """From step 40 to step 90."""
+    assert len(chain.batches) == 25
+    assert chain.written == [chain.windows] * 25
+
+
+def test_the_first_batch_has_the_latents_that_the_agent_had_when_it_acted(chain):
+    assert chain.batches[0]["deter"].any()
+    assert chain.batches[0]["stoch"].any()
+
+
+def test_a_reset_is_a_first_step(chain):
+    """A reset shows position 0. A row may also start over elsewhere."""
+    assert (chain.rows("is_first") >= (chain.position == 0)).all()
+
+
+def test_a_reward_arrives_with_the_observation_that_it_was_earned_for(chain):
+    """The chain's reward is its new position, and there is none at a reset."""
+    np.testing.assert_array_equal(chain.rows("reward"), chain.position)
+
+
+def test_the_end_of_an_episode_is_a_last_step(chain):
+    assert (chain.rows("is_last") >= (chain.position == 5)).all()
+
+
+def test_a_step_is_terminal_if_the_episode_ends_there_by_termination(chain):
+    expected = (chain.position == 5) & chain.terminal
+    np.testing.assert_array_equal(chain.rows("is_terminal"), expected)
+
+
+def test_steps_follow_each_other_unless_the_second_one_is_a_first_step(chain):
+    follows = chain.position[:, 1:] == chain.position[:, :-1] + 1
+    np.testing.assert_array_equal(follows, ~chain.rows("is_first")[:, 1:])
+
+
+def test_the_step_before_a_first_step_is_a_last_step_and_no_other_is(chain):
+    np.testing.assert_array_equal(chain.rows("is_last")[:, :-1], chain.rows("is_first")[:, 1:])
+
+
+# === replay =======================================================================================
+FIELDS = {
+    "obs/x": ((3,), np.float32),
+    "obs/a.b": ((), np.int32),
+    "obs/a/b": ((), np.int32),
+    "action": ((1,), np.int32),
+    "reward": ((), np.float32),
+    "deter": ((3,), np.float16),
+    "stoch": ((2,), np.uint8),
+}
+
+
+def fill(replay: Replay, steps: int, lengths: list[int]) -> None:
+    """Add steps, in episodes of these lengths, the last one cut. The observation is (environment,
+    time, steps left in the episode)."""
+    rng = np.random.default_rng(0)
+    envs = np.arange(replay.num_envs)
+    is_first = np.ones(replay.num_envs, bool)
+    left = rng.choice(lengths, replay.num_envs)
+    for now in range(replay.now, replay.now + steps):
+        time = np.full(replay.num_envs, now)
+        is_last = left == 1
+        step = {
+            "obs/x": np.stack([envs, time, left], 1),
+            "obs/a.b": time,
+            "obs/a/b": left,
+            "action": time[:, None],
+            "reward": time,
+            "deter": np.zeros((replay.num_envs, 3)),
+            "stoch": np.full((replay.num_envs, 2), now % 200),
+            "is_first": is_first,
+            "is_last": is_last,
+            "is_terminal": is_last,
+        }
+        for array in step.values():
+            array.flags.writeable = False  # add must not change its input
+        replay.add(step)
+        is_first = is_last
+        left = np.where(is_last, rng.choice(lengths, replay.num_envs), left - 1)
+
+
+class Rows(NamedTuple):
+    """All rows, R, of the batches that were sampled while a buffer was filled."""
+
+    batch: dict[str, np.ndarray]  # (R, T, …)
+    env: np.ndarray  # (R, 1)
+    time: np.ndarray  # (R, T)
+    now: np.ndarray  # (R, 1), steps per environment when the row was sampled
+    stored_first: np.ndarray  # (R,), is_first of the row's first step, as it was stored
+
+    @property
+    def oldest(self) -> np.ndarray:
+        """(R, 1), the oldest step that the buffer held."""
+        return np.maximum(0, self.now - 300)
+
+
+@cache
+def sample_rows(windows: str, lengths: tuple[int, ...]) -> Rows:
+    """Fill a buffer of 300 steps of 2 environments until it is not full, just full, past the write
+    head and far past it; sample 50 batches each time."""
+    replay = Replay(600, 2, FIELDS, 8, windows)
+    parts = []
+    for steps in (20, 270, 37, 500):
+        fill(replay, steps, list(lengths))
+        for _ in range(50):
+            batch, (env, time) = replay.sample(16)
+            copies = {name: array.copy() for name, array in batch.items()}
+            now = np.full((16, 1), replay.now)
+            slot = time[:, 0] % replay.slots
+            stored_first = replay.data["is_first"][env[:, 0], slot]
+            parts.append(Rows(copies, env, time, now, stored_first))
+            for array in batch.values():
+                array[:] = 1  # a copy, or the next batches are wrong
+    return tree_map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+every_window = pytest.mark.parametrize("windows", ["episode", "stream"])
+every_length = pytest.mark.parametrize(
+    "lengths",
+    [(1,), (3, 5), (8,), (7, 9, 30), (40, 50), (10_000,)],
+    ids=["1", "3 or 5", "8", "7, 9 or 30", "40 or 50", "endless"],
+)
+
+
+def every_buffer(test):
+    return every_window(every_length(test))
+
+
+@every_buffer
+def test_a_buffer_keeps_the_newest_steps_up_to_its_capacity(windows, lengths):
+    replay = Replay(600, 2, FIELDS, 8, windows)
+    for steps, kept in [(20, 20), (270, 290), (37, 300), (500, 300)]:
+        fill(replay, steps, list(lengths))
+        assert len(replay) == 2 * kept
+
+
+@every_buffer
+def test_a_row_is_of_the_environment_and_the_times_of_its_index(windows, lengths):
+    rows = sample_rows(windows, lengths)
+    obs = rows.batch["obs/x"]
+    np.testing.assert_array_equal(obs[..., 0], np.broadcast_to(rows.env, rows.time.shape))
+    np.testing.assert_array_equal(obs[..., 1], rows.time)
+
+
+@every_buffer
+def test_a_reward_stays_with_the_observation_that_it_arrived_with(windows, lengths):
+    rows = sample_rows(windows, lengths)
+    np.testing.assert_array_equal(rows.batch["reward"], rows.time)
+
+
+@every_buffer
+def test_only_steps_that_are_kept_are_sampled(windows, lengths):
+    rows = sample_rows(windows, lengths)
+    assert (rows.time >= rows.oldest).all()
+    assert (rows.time < rows.now).all()
+
+
+@every_buffer
+def test_a_step_follows_the_one_before_it_or_is_a_first_step(windows, lengths):
+    rows = sample_rows(windows, lengths)
+    follows = rows.time[:, 1:] == rows.time[:, :-1] + 1
+    assert (follows | rows.batch["is_first"][:, 1:]).all()
+
+
+@every_buffer
+def test_a_last_step_stands_before_every_first_step(windows, lengths):
+    """Also where an episode was cut."""
+    rows = sample_rows(windows, lengths)
+    is_first = rows.batch["is_first"]
+    is_last = rows.batch["is_last"]
+    np.testing.assert_array_equal(is_last[:, :-1], is_first[:, 1:])
+
+
+@every_buffer
+def test_steps_are_terminal_where_they_were_stored_as_such(windows, lengths):
+    rows = sample_rows(windows, lengths)
+    left = rows.batch["obs/x"][..., 2]
+    np.testing.assert_array_equal(rows.batch["is_terminal"], left == 1)
+
+
+@every_buffer
+def test_prev_action_is_the_action_of_the_step_before(windows, lengths):
+    """Where the state is not reset."""
+    rows = sample_rows(windows, lengths)
+    is_before = rows.batch["prev_action"][..., 0] == rows.time - 1
+    assert (is_before | rows.batch["is_first"]).all()
+
+
+@every_buffer
+def test_a_row_starts_from_the_latent_of_the_step_before(windows, lengths):
+    """Where the state is not reset."""
+    rows = sample_rows(windows, lengths)
+    is_before = rows.batch["stoch"][:, 0] == (rows.time[:, 0] - 1) % 200
+    assert (is_before | rows.batch["is_first"][:, 0]).all()
+
+
+@every_buffer
+def test_the_step_before_a_row_is_still_kept(windows, lengths):
+    """Where the state is not reset."""
+    rows = sample_rows(windows, lengths)
+    is_kept = rows.time[:, 0] > rows.oldest[:, 0]
+    assert (is_kept | rows.batch["is_first"][:, 0]).all()
+
+
+@every_buffer
+def test_the_first_step_of_a_row_is_a_first_step_if_it_was_stored_as_one(windows, lengths):
+    rows = sample_rows(windows, lengths)
+    np.testing.assert_array_equal(rows.batch["is_first"][:, 0], rows.stored_first)
+
+
+@every_length
+def test_episode_windows_never_run_on_into_the_next_episode(lengths):
+    rows = sample_rows("episode", lengths)
+    follows = rows.time[:, 1:] == rows.time[:, :-1] + 1
+    assert not (rows.batch["is_last"][:, :-1] & follows).any()
+
+
+@every_window
+def test_a_batch_is_a_copy(windows):
+    replay = Replay(60, 2, FIELDS, 8, windows)
+    fill(replay, 30, [5, 13])
+    stored = {name: array.copy() for name, array in replay.data.items()}
+    batch, _ = replay.sample(16)
+    for array in batch.values():
+        array[:] = 1
+    for name, array in stored.items():
+        np.testing.assert_array_equal(replay.data[name], array)
+
+
+def fill_with_episodes(replay: Replay, lengths: list[int]) -> None:
+    """One episode of each length, in both environments; nothing but the flags."""
+    step = {name: np.zeros((2, *shape)) for name, (shape, _) in FIELDS.items()}
+    for length in lengths:
+        for t in range(length):
+            is_last = np.full(2, t == length - 1)
+            step["is_first"] = np.full(2, t == 0)
+            step["is_last"] = is_last
+            step["is_terminal"] = is_last
+            replay.add(step)
+
+
+def test_episode_windows_draw_every_step_equally_often():
+    """Terminal steps and the newest ones too; within six standard deviations. A row shows a step of
+    a short episode several times, so that rows are counted."""
+    lengths = [3, 40, 64, 65, 100, 200, 1000]
+    draws = 4000
+    replay = Replay(2944, 2, FIELDS, 64)
+    fill_with_episodes(replay, lengths)
+    replay.online.clear()
+    counts = np.zeros((2, 1472))
+    for _ in range(draws):
+        _, (env, time) = replay.sample(16)
+        np.add.at(counts, (env, time), 1)
+    frequency = counts / counts.mean()
+    start = 0
+    for length in lengths:
+        episode = frequency[:, start : start + length]
+        rows = 16 * draws * min(64, length)
+        assert np.abs(episode - 1).max() < 6 * np.sqrt(2944 / rows), length
+        start += length
+
+
+def test_the_newest_stretch_of_every_environment_waits_to_be_used():
+    replay = Replay(400, 2, FIELDS, 8, "stream")
+    fill(replay, 16, [1000])
+    assert replay.online == {0: 8, 1: 8}
+
+
+def test_a_stretch_is_used_once():
+    replay = Replay(400, 2, FIELDS, 8, "stream")
+    fill(replay, 16, [1000])
+    for batch_size, expected in [(1, 0), (3, 1)]:
+        _, (env, time) = replay.sample(batch_size)
+        assert env.shape == (batch_size, 1)
+        assert env[0] == expected
+        assert time[0].tolist() == [8, 9, 10, 11, 12, 13, 14, 15]
+    assert not replay.online
+
+
+def test_stretches_of_episode_windows_begin_with_their_episode():
+    """After 30 steps of episodes of 12: the first eight steps of the second episode. Its last four
+    are too few for another stretch, and the third episode is too young."""
+    replay = Replay(400, 1, FIELDS, 8, "episode")
+    fill(replay, 30, [12])
+    assert replay.online == {0: 12}
+
+
+def test_a_stretch_that_was_overwritten_is_not_used():
+    replay = Replay(400, 1, FIELDS, 8, "episode")
+    fill(replay, 30, [12])
+    fill(replay, 500, [3])
+    _, (_, time) = replay.sample(4)
+    assert time.min() > replay.now - 400
+    assert not replay.online
+
+
+def sampled_index(replay: Replay) -> tuple[np.ndarray, np.ndarray]:
+    """The index of five sequences of a buffer of 20 steps of 2 environments."""
+    fill(replay, 20, [9])
+    _, index = replay.sample(5)
+    return index
+
+
+def test_latents_are_written_back():
+    replay = Replay(40, 2, FIELDS, 4)
+    env, time = sampled_index(replay)
+    slot = time % replay.slots
+    deter = np.random.default_rng(0).normal(size=(5, 4, 3))
+    replay.update_latents((env, time), deter, np.full((5, 4, 2), 7))
+    assert (replay.data["stoch"][env, slot] == 7).all()
+    stored = replay.data["deter"][env[-1], slot[-1]]
+    np.testing.assert_allclose(stored, deter[-1], rtol=1e-3)
+
+
+def test_latents_are_not_written_back_when_their_step_is_gone():
+    replay = Replay(40, 2, FIELDS, 4)
+    index = sampled_index(replay)
+    fill(replay, 20, [9])
+    deter = replay.data["deter"].copy()
+    stoch = replay.data["stoch"].copy()
+    replay.update_latents(index, np.ones((5, 4, 3)), np.full((5, 4, 2), 9))
+    np.testing.assert_array_equal(replay.data["deter"], deter)
+    np.testing.assert_array_equal(replay.data["stoch"], stoch)
+
+
+def stored_replay(folder: Path, windows: str = "episode", seed: int = 0) -> Replay:
+    """A buffer whose files are in this folder."""
+    return Replay(60, 2, FIELDS, 8, windows, seed, folder)
+
+
+@every_window
+def test_a_buffer_goes_on_from_its_files_and_state(windows, tmp_path):
+    first = stored_replay(tmp_path, windows)
+    fill(first, 45, [5, 13])
+    second = stored_replay(tmp_path, windows, seed=9)
+    second.load_state_dict(first.state_dict())
+    for _ in range(20):
+        batch, _ = first.sample(6)
+        same, _ = second.sample(6)
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], same[name], err_msg=name)
+
+
+@every_window
+def test_keys_with_a_dot_and_with_a_slash_have_different_files(windows, tmp_path):
+    fill(stored_replay(tmp_path, windows), 45, [5, 13])
+    batch, _ = stored_replay(tmp_path, windows).sample(6)
+    np.testing.assert_array_equal(batch["obs/a.b"], batch["reward"])
+    np.testing.assert_array_equal(batch["obs/a/b"], batch["obs/x"][..., 2])
+
+
+@every_window
+def test_the_online_queue_of_another_moment_is_not_used(windows, tmp_path):
+    first = stored_replay(tmp_path, windows)
+    fill(first, 45, [5, 13])
+    state = first.state_dict()
+    state["online"] = {0: 1}
+    fill(first, 9, [5, 13])
+    second = stored_replay(tmp_path, windows)
+    second.load_state_dict(state)
+    assert not second.online
+
+
+@every_window
+def test_files_of_another_buffer_are_refused(windows, tmp_path):
+    stored_replay(tmp_path, windows)
+    with pytest.raises(ValueError, match="this run needs"):
+        Replay(80, 2, FIELDS, 8, windows, folder=tmp_path)
+
+
+@every_window
+def test_a_file_that_lost_its_end_is_refused(windows, tmp_path):
+    """Never zeros for what was stored."""
+    stored_replay(tmp_path, windows)
+    file = tmp_path / "reward.npy"
+    os.truncate(file, file.stat().st_size - 20)
+    with pytest.raises(ValueError, match="shorter than|greater than file size"):
+        stored_replay(tmp_path, windows)
+
+
+@every_window
+def test_a_missing_file_is_an_error(windows, tmp_path):
+    stored_replay(tmp_path, windows)
+    (tmp_path / "reward.npy").unlink()
+    with pytest.raises(FileNotFoundError):
+        stored_replay(tmp_path, windows)
+
+
+def test_a_capacity_below_one_window_is_refused():
+    with pytest.raises(ValueError, match="capacity of 16"):
+        Replay(16, 2, FIELDS, 8)
+
+
+def test_an_empty_buffer_cannot_be_sampled():
+    with pytest.raises(ValueError, match="nothing to sample"):
+        Replay(100, 1, FIELDS, 8).sample(1)
+
+
+def test_bytes_per_step_count_fields_flags_and_index():
+    obs = 3 * 4 + 4 + 4
+    action = 4
+    reward = 4
+    latents = 3 * 2 + 2
+    flags = 3
+    index = 20
+    assert Replay.bytes_per_step(FIELDS) == obs + action + reward + latents + flags + index
+
+
+# === environments =================================================================================
+def test_adapter_flattens_every_space():
+    assert dreamerv3.Adapter(Everything(), 48).specs == {
+        "camera": ObsSpec((48, 48, 1)),
+        "small": ObsSpec((300,)),
+        "double": ObsSpec((4,)),
+        "tuple/0": ObsSpec((), classes=3),
+        "tuple/1": ObsSpec((4,), classes=2),
+        "deep/multi": ObsSpec((2,), classes=7),
+        "deep/bool": ObsSpec((1,)),
+    }
+
+
+def test_adapter_returns_observations_of_its_space():
+    env = dreamerv3.Adapter(Everything(), 48)
+    obs, _ = env.reset(seed=0)
+    assert env.observation_space.contains(obs)
+
+
+@pytest.mark.parametrize("value, index", [(5, 0), (6, 1), (7, 2)])
+def test_adapter_counts_classes_from_0(value, index):
+    """The space is Discrete(3, start=5)."""
+    env = dreamerv3.Adapter(Everything(), 48)
+    obs = env.env.observation_space.sample()
+    obs["tuple"] = (value, obs["tuple"][1])
+    assert env.observation(obs)["tuple/0"] == index
+
+
+def test_images_with_channels_first_are_vectors():
+    space = spaces.Box(0, 255, (3, 64, 64), np.uint8)
+    assert dreamerv3.obs_spec(space, 64) == ObsSpec((12288,))
+
+
+def test_images_of_seven_channels_are_resized_channel_by_channel():
+    """OpenCV refuses more than four."""
+    env = Everything()
+    env.observation_space = spaces.Box(0, 255, (84, 84, 7), np.uint8)
+    stack = env.observation_space.sample()
+    resized = dreamerv3.Adapter(env, 64).observation(stack)["obs"]
+    for i in range(7):
+        expected = cv2.resize(stack[..., i], (64, 64), interpolation=cv2.INTER_AREA)
+        np.testing.assert_array_equal(resized[..., i], expected)
+
+
+class ActionCase(NamedTuple):
+    """An action space, its spec, an action of the agent and what the environment gets."""
+
+    space: gym.Space
+    spec: ActionSpec
+    given: list
+    expected: object
+
+
+ACTIONS = {
+    "discrete": ActionCase(
+        space=spaces.Discrete(3, start=-1),
+        spec=ActionSpec((3,), 3),
+        given=[2],
+        expected=1,
+    ),
+    "multi-discrete": ActionCase(
+        space=spaces.MultiDiscrete([2, 3]),
+        spec=ActionSpec((2, 3), 5),
+        given=[1, 2],
+        expected=[1, 2],
+    ),
+    "multi-discrete of two axes": ActionCase(
+        space=spaces.MultiDiscrete([[2, 3], [4, 5]]),
+        spec=ActionSpec((2, 3, 4, 5), 14),
+        given=[1, 2, 3, 4],
+        expected=[[1, 2], [3, 4]],
+    ),
+    "multi-binary": ActionCase(
+        space=spaces.MultiBinary(3),
+        spec=ActionSpec((2, 2, 2), 6),
+        given=[1, 0, 1],
+        expected=[1, 0, 1],
+    ),
+    "clipped and scaled": ActionCase(
+        space=spaces.Box(np.array([[0.0, -4.0]]), np.array([[1.0, 8.0]])),
+        spec=ActionSpec((), 2),
+        given=[-3.0, 0.5],
+        expected=[[0.0, 5.0]],
+    ),
+    "rounding would exceed the bound": ActionCase(
+        space=spaces.Box(-3.6, 2.2, (1,)),
+        spec=ActionSpec((), 1),
+        given=[1.0],
+        expected=[np.float32(2.2)],
+    ),
+    "no bounds": ActionCase(
+        space=spaces.Box(-3.4e38, np.inf, (2,)),
+        spec=ActionSpec((), 2),
+        given=[-3.0, 0.25],
+        expected=[-1.0, 0.25],
+    ),
+    "open on one side": ActionCase(
+        space=spaces.Box(np.array([0, -np.inf]), np.array([np.inf, 4])),
+        spec=ActionSpec((), 2),
+        given=[1.0, -1.0],
+        expected=[2.0, 2.0],
+    ),
+    "integers": ActionCase(
+        space=spaces.Box(0, 10, (1,), np.int64),
+        spec=ActionSpec((), 1),
+        given=[0.1],
+        expected=[6],
+    ),
+}
+every_action_space = pytest.mark.parametrize("case", ACTIONS.values(), ids=ACTIONS.keys())
+
+
+@every_action_space
+def test_adapter_describes_the_action_space(case):
+    assert dreamerv3.Adapter(Everything(case.space), 48).action_spec == case.spec
+
+
+@every_action_space
+def test_adapter_translates_actions(case):
+    inner = Everything(case.space)
+    env = dreamerv3.Adapter(inner, 48)
+    env.reset(seed=0)
+    env.step(np.array(case.given))
+    np.testing.assert_array_equal(inner.actions[0], case.expected)
+
+
+def env_with_keys_to_leave_out() -> Everything:
+    """One key that can be learned from, and three that cannot."""
+    env = Everything()
+    env.observation_space = spaces.Dict(
+        a=spaces.Discrete(2, dtype=np.int8),
+        mission=spaces.Text(5),
+        graph=spaces.Graph(spaces.Discrete(2), None),
+        none=spaces.Box(0, 1, (0,)),
+    )
+    return env
+
+
+def test_adapter_leaves_out_what_cannot_be_learned_from():
+    env = dreamerv3.Adapter(env_with_keys_to_leave_out(), 64)
+    assert list(env.specs) == ["a"]
+    left_out = [note for note in env.notes if "is left out" in note]
+    assert sorted(left_out) == [
+        "observation 'graph' (Graph) is left out",
+        "observation 'mission' (Text) is left out",
+        "observation 'none' (Box) is left out",
+    ]
+
+
+@pytest.mark.parametrize("value", [1, True])
+def test_adapter_takes_every_class_that_gymnasium_takes(value):
+    env = dreamerv3.Adapter(env_with_keys_to_leave_out(), 64)
+    obs = {"a": value, "mission": "go", "graph": None, "none": []}
+    assert env.observation(obs) == {"a": 1}
+
+
+def test_an_environment_with_nothing_to_learn_from_is_refused():
+    env = env_with_keys_to_leave_out()
+    del env.observation_space.spaces["a"]
+    with pytest.raises(ValueError, match="no Box, .* space in Dict.*mission"):
+        dreamerv3.Adapter(env, 64)
+
+
+def test_an_action_space_that_is_not_supported_is_refused():
+    space = spaces.Dict({"a": spaces.Discrete(2)})
+    with pytest.raises(ValueError, match="action space Dict"):
+        dreamerv3.Adapter(Everything(space), 64)
+
+
+def test_an_observation_in_its_space_is_taken():
+    env = dreamerv3.Adapter(Everything(), 48)
+    obs = env.env.observation_space.sample()
+    assert env.observation(obs).keys() == env.specs.keys()
+
+
+@pytest.mark.parametrize(
+    "key, value, name",
+    [
+        ("camera", np.zeros((20, 30, 1), np.float32), "camera"),
+        ("camera", np.zeros((30, 20, 1), np.uint8), "camera"),
+        ("tuple", (8, np.zeros(4, np.int8)), "tuple/0"),
+        ("tuple", (5.5, np.zeros(4, np.int8)), "tuple/0"),
+        ("tuple", (6, np.array([0, 1, 2, 0])), "tuple/1"),
+        ("deep", {"multi": np.array([2, 0]), "bool": True}, "deep/multi"),
+        ("deep", {"multi": np.array([1, 0]), "bool": None}, "deep/bool"),
+        ("double", [[0, np.nan], [0, 0]], "double"),
+        ("double", [[0, -np.inf], [0, 0]], "double"),
+        ("double", [[0, 1e39], [0, 0]], "double"),
+        ("double", np.zeros(4), "double"),
+        ("double", [["a", "b"], ["c", "d"]], "double"),
+    ],
+    ids=[
+        "float image",
+        "image turned",
+        "class too large",
+        "class not whole",
+        "not binary",
+        "class of a vector too large",
+        "no bool",
+        "nan",
+        "infinite",
+        "infinite as float32",
+        "wrong shape",
+        "text",
+    ],
+)
+def test_observations_that_leave_their_space_are_refused(key, value, name):
+    env = dreamerv3.Adapter(Everything(), 48)
+    obs = env.env.observation_space.sample()
+    obs[key] = value
+    with pytest.raises(ValueError, match=f"observation '{name}' is declared .* came as"):
+        env.observation(obs)
+
+
+@pytest.mark.parametrize("reward", [math.nan, -math.inf, None, np.zeros(2)], ids=str)
+def test_rewards_that_are_not_finite_numbers_are_refused(reward):
+    message = re.escape(f"reward {reward} is not a finite number")
+    with pytest.raises(ValueError, match=message):
+        dreamerv3.scalar_reward(reward)
+
+
+@pytest.mark.parametrize(
+    "reward, expected",
+    [(True, 1.0), (np.float16(2.5), 2.5), (np.ones(1), 1.0), ([[3]], 3.0), (1e38, 1e38)],
+    ids=str,
+)
+def test_a_reward_of_one_element_is_taken_whatever_its_shape_and_type(reward, expected):
+    assert dreamerv3.scalar_reward(reward) == expected
+
+
+every_pong = pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "PongNoFrameskip-v4"])
+
+
+@pytest.mark.parametrize("env_id, sticky", [("ALE/Pong-v5", 0.25), ("PongNoFrameskip-v4", 0.0)])
+def test_atari_actions_are_sticky_as_the_id_says(env_id, sticky):
+    env = dreamerv3.make_env(env_id)
+    assert env.unwrapped.ale.getFloat("repeat_action_probability") == sticky
+
+
+@every_pong
+def test_atari_games_begin_with_1_to_30_no_ops(env_id):
+    env = dreamerv3.make_env(env_id)
+    env.reset(seed=1)
+    assert 1 <= env.unwrapped.ale.getEpisodeFrameNumber() <= 30
+
+
+@every_pong
+def test_atari_skips_frames_exactly_once(env_id):
+    env = dreamerv3.make_env(env_id)
+    env.reset(seed=1)
+    before = env.unwrapped.ale.getEpisodeFrameNumber()
+    env.step(np.array([0]))
+    assert env.unwrapped.ale.getEpisodeFrameNumber() == before + 4
+    assert env.repeat == 4
+
+
+@every_pong
+def test_atari_observations_are_color_images(env_id):
+    env = dreamerv3.make_env(env_id)
+    env.reset(seed=1)
+    obs, *_ = env.step(np.array([0]))
+    assert obs["obs"].shape == (64, 64, 3)
+    assert obs["obs"].dtype == np.uint8
+
+
+@every_pong
+def test_atari_takes_the_flags_image_size_and_action_repeat(env_id):
+    env = dreamerv3.make_env(env_id, image_size=96, action_repeat=2)
+    env.reset(seed=1)
+    before = env.unwrapped.ale.getEpisodeFrameNumber()
+    obs, *_ = env.step(np.array([0]))
+    assert env.specs["obs"].shape == obs["obs"].shape == (96, 96, 3)
+    assert env.unwrapped.ale.getEpisodeFrameNumber() == before + 2
+
+
+def test_action_repeat_adds_up_the_rewards():
+    env = dreamerv3.make_env("DreamerChain-v0", action_repeat=3)
+    env.reset(seed=0)
+    obs, reward, terminated, _, _ = env.step(np.array([0]))
+    assert obs["obs"][0] == 3
+    assert reward == 1 + 2 + 3
+    assert not terminated
+
+
+def test_action_repeat_stops_at_the_end_of_an_episode():
+    env = dreamerv3.make_env("DreamerChain-v0", action_repeat=3)
+    env.reset(seed=0)
+    env.step(np.array([0]))
+    obs, reward, terminated, _, info = env.step(np.array([0]))
+    assert obs["obs"][0] == 5
+    assert reward == 4 + 5
+    assert terminated
+    assert info["episode_return"] == 15
+
+
+README = (ROOT / "README.md").read_text()
+CSV_HEADER = "global_step,frames,return,length,seconds\n"
+
+# tests that another one covers in less time
+SLOW = [
+    pytest.mark.slow,
+    pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes, set SLOW=1"),
+]
+
+
+class Everything(gym.Env):
+    """Every kind of space, nested. Ends by truncation after five steps."""
+
+    observation_space = spaces.Dict(
+        camera=spaces.Box(0, 255, (20, 30, 1), np.uint8),
+        tuple=spaces.Tuple((spaces.Discrete(3, start=5), spaces.MultiBinary(4))),
+        deep=spaces.Dict(
+            multi=spaces.MultiDiscrete([2, 7]),
+            bool=spaces.Box(0, 1, (), bool),
+        ),
+        small=spaces.Box(0, 255, (10, 10, 3), np.uint8),
+        double=spaces.Box(-1, 1, (2, 2), np.float64),
+    )
+
+    def __init__(self, action_space: gym.Space | None = None):
+        self.action_space = action_space or spaces.MultiDiscrete([2, 3])
+        self.actions = []
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.actions.append(action)
+        truncated = len(self.actions) % 5 == 0
+        return self.observation_space.sample(), 1.0, False, truncated, {}
+
+
+def saved(folder: Path) -> dict:
+    """The checkpoint of a run."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def counters(folder: Path) -> tuple[int, int]:
+    """Agent steps and updates at the checkpoint."""
+    state = saved(folder)
+    return state["step"], state["updates"]
+
+
+def stored(folder: Path, name: str) -> np.ndarray:
+    """A field of the replay buffer in a run folder."""
+    return np.load(folder / "replay" / f"{name}.npy")
+
+
+def stored_steps(folder: Path) -> int:
+    """Steps that the replay buffer has ever got, per environment."""
+    return int(stored(folder, "clock")[0])
+
+
+def episodes(folder: Path) -> np.ndarray:
+    """The rows of episodes.csv: step, frames, return, length, seconds."""
+    return np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
+
+
+def events(folder: Path) -> EventAccumulator:
+    """What a run has sent to TensorBoard."""
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+
+
+def scalars(folder: Path) -> dict[str, list[float]]:
+    """Key -> the values of a run in TensorBoard."""
+    log = events(folder)
+    return {tag: [e.value for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+def files(folder: Path) -> dict[Path, int]:
+    """All files and folders below a folder, and when they were written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+# === the program: what a run leaves ===============================================================
+RUNS = {
+    "vector": {"env_id": "CartPole-v1", "train_ratio": 16},
+    "four environments": {
+        "env_id": "CartPole-v1",
+        "num_envs": 4,
+        "replay_windows": "stream",
+        "capture_video": True,
+    },
+    "continuous": {
+        "env_id": "Pendulum-v1",
+        "action_repeat": 2,
+        "twohot": "symlog",
+        "video_frequency": 0,
+        "warmup_updates": 0,
+    },
+    "Atari": {
+        "env_id": "ALE/Pong-v5",
+        "total_timesteps": 1200,  # an episode has about 800
+        "train_ratio": 0.5,
+        "save_model": True,
+        "capture_video": True,
+    },
+    "every space": {
+        "env_id": f"{__name__}:DreamerEverything-v0",
+    },
+}
+every_run = pytest.mark.parametrize("kind", RUNS)
+
+KEYS = [
+    "charts/episodic_return",
+    "charts/episodic_length",
+    "charts/SPS",
+    "charts/updates_per_second",
+    "charts/time_share_update",
+    "charts/learning_rate",
+    "charts/updates",
+    "charts/frames",
+    "charts/train_ratio",
+    "losses/recon",
+    "losses/reward",
+    "losses/continue",
+    "losses/dyn",
+    "losses/rep",
+    "losses/actor",
+    "losses/critic",
+    "losses/replay_critic",
+    "losses/total",
+    "world_model/prior_entropy",
+    "world_model/posterior_entropy",
+    "behavior/return_mean",
+    "behavior/return_scale",
+    "behavior/advantage_mag",
+    "behavior/value_mean",
+    "behavior/reward_mean",
+    "behavior/continue_mean",
+    "behavior/actor_entropy",
+    "optim/grad_norm",
+    "optim/update_rms",
+    "optim/param_rms",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A kind of RUNS -> that run, made when it is first asked for."""
+
+    @cache
+    def run(kind: str) -> SimpleNamespace:
+        flags = dict(QUICK, seed=7, total_timesteps=200, train_ratio=4)
+        flags.update(RUNS[kind])
+        program = Program(tmp_path_factory.mktemp("run"))
+        folder = program.train(**flags)
+        name = folder.relative_to(program.folder / "runs")
+        return SimpleNamespace(
+            flags=flags,
+            folder=folder,
+            out=program.out,
+            seed=torch.initial_seed(),
+            videos=list((program.folder / "videos" / name / "train-0").glob("*.mp4")),
         )
 
-
-def test_compiled_updates_equal_the_official_ones(golden, argmax_sampling, monkeypatch, capsys):
-    """Not part of `-k golden`: with a cold compiler cache it takes a minute."""
-    if (
-        not golden.agent.action.nvec
-    ):  # the actor is what differs; the rest is compiled for the other file
-        monkeypatch.setattr(dreamerv3, "COMPILED", [(dreamerv3, "imagine_step")])
-    for owner, name in dreamerv3.COMPILED:
-        monkeypatch.setattr(
-            owner, name, getattr(owner, name)
-        )  # restores the plain functions afterwards
-    dreamerv3.compile_functions(torch.device("cpu"))
-    test_golden_updates(golden, None)
-    assert "eager mode" not in capsys.readouterr().out
+    return run
 
 
-# === data-parallel training ===========================================================================================
-def three_updates(rank: int, world: int, folder: Path) -> None:
-    """Process `rank` of `world`: updates on its share of four sequences; saves the last gradients and all weights."""
-    torch.rand = lambda *shape, device=None: torch.full(
-        shape, 0.4, device=device
-    )  # the same noise for every sequence
+@every_run
+def test_a_run_prints_what_it_is_about_to_do(kind, runs):
+    out = runs(kind).out
+    assert "trained parameters" in out
+    assert " GB" in out
+    assert "1 update every" in out
+    assert "run folder: runs/" in out
+
+
+@every_run
+def test_a_run_prints_its_device(kind, runs):
+    out = runs(kind).out
+    if torch.cuda.is_available():
+        assert "device: cuda" in out
+    else:
+        assert "device: cpu" in out
+        assert "CUDA is not available" in out
+
+
+@every_run
+def test_a_run_lists_its_episodes_in_a_csv(kind, runs):
+    folder = runs(kind).folder
+    assert (folder / "episodes.csv").read_text().startswith(CSV_HEADER)
+    assert len(episodes(folder)) > 0
+
+
+@every_run
+def test_episodes_have_a_return_and_a_length(kind, runs):
+    rows = episodes(runs(kind).folder)
+    assert (rows[:, 2] != 0).all()
+    assert (rows[:, 3] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "kind, repeat",
+    [("vector", 1), ("four environments", 1), ("continuous", 2), ("Atari", 4), ("every space", 1)],
+)
+def test_frames_are_agent_steps_times_the_action_repeat(kind, repeat, runs):
+    rows = episodes(runs(kind).folder)
+    assert (rows[:, 1] == repeat * rows[:, 0]).all()
+
+
+@every_run
+def test_a_run_logs_these_keys(kind, runs):
+    assert sorted(scalars(runs(kind).folder)) == sorted(KEYS)
+
+
+@every_run
+def test_a_run_logs_finite_numbers(kind, runs):
+    for name, values in scalars(runs(kind).folder).items():
+        assert np.isfinite(values).all(), name
+
+
+@every_run
+def test_the_seed_is_torchs(kind, runs):
+    assert runs(kind).seed == 7
+
+
+@every_run
+def test_a_run_makes_all_steps(kind, runs):
+    run = runs(kind)
+    assert saved(run.folder)["step"] == run.flags["total_timesteps"]
+
+
+@pytest.mark.parametrize(
+    "kind, updates",
+    [
+        ("vector", 80),  # 160 steps after the first 40, times 16, over 4 * 8
+        ("four environments", 20),  # 160 * 4 / 32
+        ("continuous", 20),
+        ("Atari", 18),  # 1160 * 0.5 / 32 = 18.1
+        ("every space", 20),
+    ],
+)
+def test_updates_follow_from_the_train_ratio(kind, updates, runs):
+    assert saved(runs(kind).folder)["updates"] == updates
+
+
+@every_run
+def test_save_model_alone_writes_the_weights_apart(kind, runs):
+    run = runs(kind)
+    assert (run.folder / "model.pt").exists() == ("save_model" in run.flags)
+
+
+@every_run
+def test_real_actions_are_stored_as_such(kind, runs):
+    actions = stored(runs(kind).folder, "action")
+    fractions = actions[actions % 1 != 0]
+    assert (len(fractions) > 0) == (kind == "continuous")
+
+
+@every_run
+def test_capture_video_alone_records_episodes(kind, runs):
+    run = runs(kind)
+    assert bool(run.videos) == ("capture_video" in run.flags)
+
+
+@every_run
+def test_episodes_whose_number_is_a_cube_are_recorded(kind, runs):
+    names = {path.name for path in runs(kind).videos}
+    assert names <= {f"rl-video-episode-{i}.mp4" for i in (0, 1, 8)}
+
+
+def test_every_environment_has_a_seed_of_its_own(runs):
+    first_obs = stored(runs("four environments").folder, "obs.obs")[:, 0]
+    assert len(np.unique(first_obs, axis=0)) == 4
+
+
+def test_every_environment_gets_actions_of_its_own(runs):
+    actions = stored(runs("four environments").folder, "action")
+    assert actions.std(axis=0).mean() > 0.2
+
+
+def test_infos_that_gymnasium_cannot_join_do_no_harm():
+    """Those of a Chain are {"odd": 1} with an odd seed and {"odd": None} with an even one."""
+    makers = [lambda: dreamerv3.make_env("DreamerChain-v0")] * 2
+    envs = gym.vector.SyncVectorEnv(makers)
+    envs.reset(seed=1)
+    _, rewards, _, _, infos = envs.step(np.zeros((2, 1), np.int64))
+    assert rewards.tolist() == [1, 1]
+    assert infos == {}
+
+
+# === the program: input that it refuses ===========================================================
+BAD_FLAGS = [
+    ["--size", "3m"],
+    ["--twohot", "log"],
+    ["--replay-windows", "all"],
+    ["--precision", "half"],
+    ["--batch-size", "x"],
+    ["--batch-size", "0"],
+    ["--batch-size", "2.5"],
+    ["--nonsense", "1"],
+    ["--seed", "-1"],
+    ["--seed", "4294967296"],
+    ["--batch-length", "1"],
+    ["--imagination-horizon", "0"],
+    ["--num-envs", "0"],
+    ["--total-timesteps", "0"],
+    ["--total-timesteps", "20"],
+    ["--train-ratio", "0"],
+    ["--train-ratio", "nan"],
+    ["--train-ratio", "inf"],
+    ["--learning-rate", "0"],
+    ["--warmup-updates", "-1"],
+    ["--clip", "0"],
+    ["--gamma", "1"],
+    ["--gamma", "nan"],
+    ["--return-lambda", "1.1"],
+    ["--tau", "2"],
+    ["--tau", "-0.1"],
+    ["--unimix", "1"],
+    ["--actor-unimix", "-1"],
+    ["--bins", "254"],
+    ["--bins", "1"],
+    ["--dyn-scale", "-1"],
+    ["--free-nats", "inf"],
+    ["--free-nats", "-1"],
+    ["--ent-coef", "nan"],
+    ["--replay-critic-scale", "-1"],
+    ["--image-size", "60"],
+    ["--image-size", "32"],
+    ["--image-size", "512"],
+    ["--action-repeat", "-1"],
+    ["--learning-starts", "10"],
+    ["--learning-starts", "500000"],
+    ["--buffer-size", "10"],
+    ["--buffer-size", "500"],
+    ["--buffer-size", "100", "--num-envs", "2"],
+    ["--eval-only"],
+    ["--eval-episodes", "0"],
+    ["--eval-frequency", "-1"],
+    ["--checkpoint-frequency", "-1"],
+    ["--video-frequency", "-1"],
+    ["--log-frequency", "0"],
+]
+
+
+def join(argv: list[str]) -> str:
+    """The name of a test case."""
+    return " ".join(argv)
+
+
+@pytest.mark.parametrize("argv", BAD_FLAGS, ids=join)
+def test_bad_flags_are_refused_before_an_environment_is_made(argv, program, monkeypatch):
+    monkeypatch.setattr(dreamerv3, "make_env", None)
+    assert program.call(*argv) == 2
+    assert "Traceback" not in program.err
+    flag = argv[0].removeprefix("--")
+    assert flag in program.err.replace("_", "-")
+    assert files(program.folder) == {}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--env-id", "bad!"],
+        ["--env-id", "Taxi-v3"],  # deprecated
+        ["--env-id", "Pnog-v5"],
+        ["--env-id", "ALE/Pongg-v5"],
+        ["--env-id", "CartPole-v9"],
+        ["--env-id", "nomodule:Thing-v0"],
+        ["--resume", "nowhere"],
+        ["--resume", "nowhere", "--eval-only"],
+    ],
+    ids=join,
+)
+def test_names_of_nothing_are_refused_in_one_line(argv, program):
+    assert program.call(*argv) == 2
+    error = program.err.strip()
+    assert error.startswith(f"dreamerv3.py: error: {argv[0]}")
+    assert "\n" not in error
+    assert files(program.folder) == {}
+
+
+# with 16 environments, and sequences of 64 steps of each
+LEAST = {
+    "buffer_size": 65 * 16,
+    "learning_starts": 64 * 16,
+    "total_timesteps": 65 * 16,
+}
+
+
+def test_the_least_values_are_accepted():
+    dreamerv3.check_args(Args(num_envs=16, **LEAST))
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_limits_count_the_environments(name):
+    flags = dict(LEAST)
+    flags[name] -= 1
+    flag = name.replace("_", "-")
+    with pytest.raises(dreamerv3.UserError, match=flag):
+        dreamerv3.check_args(Args(num_envs=16, **flags))
+
+
+# === the program: starts that fail ================================================================
+def run_files(program: Program) -> list[Path]:
+    """Files, not folders, that the program has left."""
+    return [path for path in files(program.folder) if path.is_file()]
+
+
+def test_two_runs_never_share_a_folder(program, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 7.5)  # another run began in the same second
+    (program.folder / "runs" / "CartPole-v1__same__1__7").mkdir(parents=True)
+    error = refused(program, env_id="CartPole-v1", exp_name="same")
+    assert re.search("run folder .* cannot be written: FileExistsError", error)
+
+
+def test_a_full_disk_at_the_start_leaves_no_files(program, monkeypatch):
+    full = OSError(28, "No space left on device")
+    space_for_eight = [None] * 8 + [full]  # the replay buffer has nine files
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=space_for_eight))
+    assert "No space left" in refused(program, env_id="CartPole-v1")
+
+
+def test_too_large_a_buffer_in_ram_leaves_no_files(program):
+    steps = 10**13
+    error = refused(
+        program,
+        env_id="CartPole-v1",
+        total_timesteps=steps,
+        buffer_size=steps,
+        persist_replay=False,
+    )
+    assert re.search("--buffer-size .*: MemoryError: Unable to allocate", error)
+
+
+def refused(program: Program, **flags) -> str:
+    """The one line with which the program refuses these flags, leaving no files."""
+    flags = {**QUICK, "total_timesteps": 100, **flags}
+    assert program.call(**flags) == 2
+    error = program.err.strip()
+    assert "\n" not in error
+    assert run_files(program) == []
+    return error
+
+
+@pytest.mark.parametrize(
+    "env_id, module",
+    [("MinAtar/Breakout-v1", "minatar.gym"), ("dm_control/hopper-hop-v0", "shimmy")],
+)
+def test_an_environment_whose_package_is_absent_is_refused(env_id, module, program, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    error = refused(program, env_id=env_id)
+    assert re.search(f"{env_id} cannot be made: .*{module} ", error)
+
+
+def test_without_moviepy_a_run_has_no_videos_but_a_warning(program, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    folder = program.train(env_id="CartPole-v1", total_timesteps=100, capture_video=True)
+    assert re.search("warning: no videos, .*(?i:moviepy).*pip install", program.out)
+    assert counters(folder)[0] == 100
+
+
+def test_an_environment_that_cannot_render_has_no_videos_but_a_warning(program):
+    folder = program.train(env_id="DreamerChain-v0", total_timesteps=100, capture_video=True)
+    assert "warning: no videos, " in program.out
+    assert counters(folder)[0] == 100
+
+
+def test_a_misspelled_id_is_refused_with_the_right_one(program):
+    error = refused(program, env_id="CartPoel-v1")
+    assert re.search("--env-id CartPoel-v1 cannot be made: .*Did you mean: `CartPole`", error)
+
+
+def test_an_environment_whose_constructor_fails_is_refused_with_its_error(program):
+    error = refused(program, env_id="Dreamer-constructor-v0")
+    assert "Dreamer-constructor-v0 cannot be made: AssertionError: broken" in error
+
+
+def test_an_environment_that_fails_in_its_worker_is_refused(program):
+    error = refused(program, env_id="Dreamer-worker-v0", num_envs=2)
+    assert re.search("Dreamer-worker-v0 cannot be made: (EOF|Connection|BrokenPipe)", error)
+
+
+# === faults in the middle of a run ================================================================
+class Life(SimpleNamespace):
+    """A process of the program, after its end: the `line` that says where it starts, its exit
+    `status`, the steps `stored` by then, and the checkpoint's `state`."""
+
+
+def start_process(cwd: Path, **flags) -> subprocess.Popen:
+    """The program, in a process that prints to us."""
+    argv = [sys.executable, str(ROOT / "dreamerv3.py"), *as_flags(flags)]
+    return subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, text=True)
+
+
+def read_until(process: subprocess.Popen, begin: str) -> str:
+    """The next printed line that begins so."""
+    for line in process.stdout:
+        if line.startswith(begin):
+            return line
+    raise AssertionError(f"the program ended without a line that begins with {begin!r}")
+
+
+def wait_for_steps(process: subprocess.Popen, folder: Path, steps: int) -> None:
+    """Wait until the replay buffer has got so many steps."""
+    while stored_steps(folder) < steps:
+        assert process.poll() is None, "the program ended too early"
+        time.sleep(0.01)
+
+
+def end_process(process: subprocess.Popen, number: int) -> int:
+    """Send a signal, when nobody reads any more, as if Ctrl-C had ended `| tee` too: -> its exit
+    status."""
+    process.stdout.close()
+    process.send_signal(number)
+    try:
+        return process.wait(60)
+    finally:
+        process.kill()  # if it takes no notice
+
+
+def live_and_die(cwd: Path, kills: int) -> tuple[Path, list[Life]]:
+    """A run that is killed so many times, then stopped by SIGTERM: -> its folder, its lives. The
+    first and the last life end between two checkpoints, the others at any moment: while starting,
+    acting, training or saving."""
+    rng = np.random.default_rng(0)
+    flags = dict(QUICK, batch_size=2, learning_starts=64, train_ratio=8)
+    flags.update(env_id="CartPole-v1", total_timesteps=100_000, buffer_size=20_000)
+    flags.update(checkpoint_frequency=20)
+    first = start_process(cwd, **flags)
+    line = read_until(first, "run folder")
+    (folder,) = cwd.glob("runs/*")
+    lives = []
+    for i in range(kills + 1):
+        if i == 0:
+            process = first
+        else:
+            process = start_process(cwd, resume=folder)
+            line = read_until(process, "resumed")
+        if i in (0, kills):
+            wait_for_steps(process, folder, stored_steps(folder) + 87)
+        else:
+            time.sleep(rng.uniform(0, 4))
+        number = signal.SIGTERM if i == kills else signal.SIGKILL
+        status = end_process(process, number)
+        steps = stored_steps(folder)
+        lives.append(Life(line=line, status=status, stored=steps, state=saved(folder)))
+    return folder, lives
+
+
+@pytest.fixture(
+    scope="module",
+    params=[1, pytest.param(20, marks=SLOW)],
+    ids=["killed once", "killed 20 times"],
+)
+def killed(request, tmp_path_factory) -> SimpleNamespace:
+    """A killed run: its lives; `steps`, the fields of all steps in its replay buffer; `cuts`, the
+    steps at which a new process began."""
+    folder, lives = live_and_die(tmp_path_factory.mktemp("killed"), request.param)
+    end = lives[-1].stored
+    steps = {}
+    for name in ("is_first", "is_last", "is_terminal", "reward", "obs.obs"):
+        steps[name] = stored(folder, name)[0, :end]
+    cuts = {life.stored for life in lives[:-1]} - {end}
+    return SimpleNamespace(lives=lives, cuts=cuts, steps=steps)
+
+
+def number_after(word: str, line: str) -> int:
+    """The number that follows a word of a printed line."""
+    return int(re.search(rf"{word} ([\d,]+)", line)[1].replace(",", ""))
+
+
+def test_a_killed_run_goes_on_at_its_checkpoint(killed):
+    for before, after in pairwise(killed.lives):
+        assert number_after("step", after.line) == before.state["step"]
+        assert number_after("after", after.line) == before.state["updates"]
+
+
+def test_signals_end_the_program_with_their_exit_status(killed):
+    statuses = [life.status for life in killed.lives]
+    assert set(statuses[:-1]) == {-signal.SIGKILL}
+    assert statuses[-1] == 128 + signal.SIGTERM
+
+
+def test_a_checkpoint_is_never_ahead_of_the_buffer(killed):
+    for life in killed.lives:
+        assert life.state["step"] <= life.stored
+
+
+def test_updates_are_never_lost_with_a_checkpoint(killed):
+    for before, after in pairwise(killed.lives):
+        assert after.state["updates"] >= before.state["updates"]
+
+
+def test_every_checkpoint_of_a_killed_run_keeps_the_train_ratio(killed):
+    """An update replays 2 * 8 steps at a ratio of 8: one every 2 agent steps from step 64 on."""
+    for life in killed.lives:
+        assert life.state["trained"] == 64 + 2 * life.state["updates"]
+
+
+def first_steps(killed) -> set[int]:
+    """Where episodes must begin: at 0, after every last step, and where a process began."""
+    after_last = np.flatnonzero(killed.steps["is_last"][:-1]) + 1
+    return {0, *after_last.tolist(), *killed.cuts}
+
+
+def test_episodes_of_a_killed_run_begin_where_the_last_ended_or_was_cut(killed):
+    first = np.flatnonzero(killed.steps["is_first"])
+    assert set(first.tolist()) == first_steps(killed)
+
+
+def test_episodes_of_a_killed_run_begin_differently(killed):
+    begins = killed.steps["obs.obs"][killed.steps["is_first"]]
+    assert len(np.unique(begins, axis=0)) == len(begins)
+
+
+def test_rewards_of_a_killed_run_are_those_of_its_steps(killed):
+    """CartPole gives 1 for every step, and a reset gives none."""
+    np.testing.assert_array_equal(killed.steps["reward"], ~killed.steps["is_first"])
+
+
+def test_observations_of_a_killed_run_follow_each_other(killed):
+    """CartPole's position moves by 0.02 times its speed."""
+    position = killed.steps["obs.obs"][:, 0]
+    speed = killed.steps["obs.obs"][:, 1]
+    follows = ~killed.steps["is_first"][1:]
+    expected = position[:-1] + 0.02 * speed[:-1]
+    np.testing.assert_allclose(position[1:][follows], expected[follows], atol=1e-5)
+
+
+def test_terminal_steps_of_a_killed_run_are_last_ones(killed):
+    assert not killed.steps["is_terminal"][~killed.steps["is_last"]].any()
+
+
+# their 50th step fails; that is agent step 59, as every fifth step is followed by a reset
+FAILURES = {
+    "nan": {"env_id": "Dreamer-nan-v0"},
+    "nan in a worker": {"env_id": "Dreamer-nan-v0", "num_envs": 2},
+    "dead worker": {"env_id": "Dreamer-dies-v0", "num_envs": 2},
+}
+every_failure = pytest.mark.parametrize("kind", FAILURES)
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """A kind of FAILURES -> the run that it ended, made when it is first asked for."""
+
+    @cache
+    def fail(kind: str) -> SimpleNamespace:
+        program = Program(tmp_path_factory.mktemp("failure"))
+        with pytest.raises(Exception) as raised:
+            program.train(total_timesteps=200, **FAILURES[kind])
+        return SimpleNamespace(
+            error=raised.value,
+            folder=program.run_folder(),
+            num_envs=FAILURES[kind].get("num_envs", 1),
+        )
+
+    return fail
+
+
+@pytest.mark.parametrize("kind", ["nan", "nan in a worker"])
+def test_the_error_of_an_environment_ends_the_run(kind, failures):
+    error = failures(kind).error
+    assert isinstance(error, ValueError)
+    assert re.search("observation 'obs' is declared .* came as .*nan", str(error))
+
+
+def test_the_death_of_a_worker_ends_the_run(failures):
+    assert isinstance(failures("dead worker").error, EOFError)
+
+
+@every_failure
+def test_a_run_whose_environment_fails_is_saved(kind, failures):
+    run = failures(kind)
+    assert saved(run.folder)["step"] == 59 * run.num_envs
+
+
+@every_failure
+def test_steps_before_a_failure_are_stored(kind, failures):
+    assert stored_steps(failures(kind).folder) == 59
+
+
+@pytest.fixture(scope="module")
+def signalled(tmp_path_factory) -> SimpleNamespace:
+    """A run whose processes, workers too, are all ended by a signal at once."""
+    cwd = tmp_path_factory.mktemp("signalled")
+    flags = dict(QUICK, env_id=f"{__name__}:Dreamer-signalled-v0", num_envs=2, learning_starts=100)
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "dreamerv3.py"), *as_flags(flags)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        start_new_session=True,  # the signal must not reach pytest
+    )
+    (folder,) = cwd.glob("runs/*")
+    return SimpleNamespace(process=process, folder=folder)
+
+
+def test_a_signal_to_all_processes_is_a_stop(signalled):
+    assert signalled.process.returncode == 128 + signal.SIGINT
+    assert "stopped at step 118" in signalled.process.stdout
+
+
+def test_a_signal_to_all_processes_is_no_failure_of_an_environment(signalled):
+    """No traceback of the program: one that Gymnasium prints at the exit of Python is its own."""
+    assert ", in main" not in signalled.process.stderr
+
+
+def test_a_run_is_saved_after_a_signal_to_all_processes(signalled):
+    assert saved(signalled.folder)["step"] == 2 * 59
+
+
+# === resuming =====================================================================================
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory) -> Path:
+    """A finished run: 60 steps and 10 updates in a Chain."""
+    program = Program(tmp_path_factory.mktemp("finished"))
+    return program.train(env_id="DreamerChain-v0", buffer_size=60, total_timesteps=60)
+
+
+@pytest.fixture
+def finished(finished_once, program) -> Path:
+    """A copy of that run for one test, in the program's folder."""
+    return shutil.copytree(finished_once, program.folder / "runs" / finished_once.name)
+
+
+@pytest.fixture(scope="module")
+def same_runs(tmp_path_factory) -> SimpleNamespace:
+    """The same training of 91 steps in three ways: `plain`; `resumed` at step 60, from where on it
+    draws dreams; `evaluated` three times. All start an episode after step 60, so that the
+    environments agree. Updates are due every 32 / 12 = 2.667 steps."""
+    program = Program(tmp_path_factory.mktemp("same"))
+    flags = {"env_id": "DreamerChain-v0", "buffer_size": 60, "train_ratio": 12, "clip": 0.2}
+    plain = program.train(exp_name="plain", total_timesteps=91, **flags)
+
+    resumed = program.train(exp_name="resumed", total_timesteps=60, **flags)
+    more = {"video_frequency": 6, "cudagraphs": False, "save_model": True}
+    program.resume(resumed, total_timesteps=91, **more)
+
+    flags.update(eval_frequency=30, eval_episodes=2)
+    evaluated = program.train(exp_name="evaluated", total_timesteps=91, **flags)
+    return SimpleNamespace(plain=plain, resumed=resumed, evaluated=evaluated, out=program.out)
+
+
+def as_lists(state):
+    """A part of a checkpoint without tensors, to be compared."""
+    return tree_map(lambda x: x.tolist() if isinstance(x, Tensor) else x, state)
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["agent", "optimizer", "replay", "torch_rng", "step", "updates", "trained"],
+)
+@pytest.mark.parametrize("way", ["resumed", "evaluated"])
+def test_checkpoints_are_bit_identical_to_that_of_a_plain_run(way, part, same_runs):
+    plain = as_lists(saved(same_runs.plain)[part])
+    other = as_lists(saved(getattr(same_runs, way))[part])
+    equal = plain == other  # apart from the assertion, which would print all weights
+    assert equal
+
+
+@pytest.mark.parametrize("way", ["resumed", "evaluated"])
+def test_replay_files_are_bit_identical_to_those_of_a_plain_run(way, same_runs):
+    plain = same_runs.plain / "replay"
+    other = getattr(same_runs, way) / "replay"
+    assert len(list(plain.iterdir())) == 9
+    for file in plain.iterdir():
+        assert file.read_bytes() == (other / file.name).read_bytes(), file.name
+
+
+def test_a_checkpoint_has_the_return_range(same_runs):
+    agent = saved(same_runs.plain)["agent"]
+    assert "return_norm.lo" in agent
+    assert "return_norm.hi" in agent
+
+
+def test_a_checkpoint_has_the_flags(same_runs):
+    assert saved(same_runs.plain)["args"]["clip"] == 0.2
+
+
+def test_a_run_keeps_the_remainder_of_its_train_ratio(same_runs):
+    """51 steps after the first 40 are 19 updates and a third of a step."""
+    state = saved(same_runs.plain)
+    assert state["updates"] == 19
+    assert state["step"] - state["trained"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("way", ["plain", "resumed", "evaluated"])
+def test_a_csv_has_every_episode_once(way, same_runs):
+    """Walks end at steps 5, 11, 17, …; each has 5 steps and the return 1 + 2 + 3 + 4 + 5."""
+    rows = episodes(getattr(same_runs, way))[:, :4]
+    assert rows.tolist() == [[step, step, 15, 5] for step in range(5, 91, 6)]
+
+
+@pytest.mark.parametrize("way", ["plain", "resumed", "evaluated"])
+def test_seconds_of_a_csv_never_fall(way, same_runs):
+    seconds = episodes(getattr(same_runs, way))[:, 4]
+    assert (np.diff(seconds) >= 0).all()
+
+
+def test_returns_of_episodes_are_in_tensorboard(same_runs):
+    assert scalars(same_runs.resumed)["charts/episodic_return"] == [15] * 15
+
+
+def test_returns_of_evaluations_are_in_tensorboard(same_runs):
+    assert scalars(same_runs.evaluated)["eval/episodic_return"] == [15] * 3
+
+
+def test_evaluations_print_their_returns(same_runs):
+    line = "evaluation: 2 episodes of DreamerChain-v0, return mean 15.0, std 0.0, min 15, max 15"
+    assert same_runs.out.splitlines().count(line) == 3
+
+
+def test_flags_are_in_tensorboard(same_runs):
+    (text,) = events(same_runs.evaluated).Tensors("hyperparameters/text_summary")
+    assert b"|eval_frequency|30|" in text.tensor_proto.string_val[0]
+
+
+def resume_error(program: Program, path: Path, **flags) -> str:
+    """The one line with which the program refuses to go on."""
+    assert program.call(resume=path, **flags) == 2
+    assert program.err.startswith("dreamerv3.py: error: --resume ")
+    assert len(program.err.splitlines()) == 1
+    assert "resumed" not in program.out
+    return program.err
+
+
+def test_flags_that_do_not_fit_the_weights_are_refused(program, finished):
+    error = resume_error(program, finished, bins=5)
+    assert "does not fit: RuntimeError: Error(s) in loading" in error
+
+
+def test_a_file_that_does_not_exist_is_not_resumed(program, finished):
+    error = resume_error(program, finished / "foreign.pt")
+    assert "FileNotFoundError" in error
+
+
+def test_a_file_that_could_run_code_is_not_resumed(program, finished):
+    torch.save({"model": Path()}, finished / "foreign.pt")  # weights_only refuses paths
+    error = resume_error(program, finished / "foreign.pt")
+    assert "UnpicklingError" in error
+
+
+def test_a_damaged_checkpoint_is_not_resumed(program, finished):
+    checkpoint = finished / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    error = resume_error(program, finished)
+    assert "RuntimeError" in error
+
+
+def test_a_buffer_of_another_size_is_not_resumed(program, finished):
+    assert program.call(resume=finished, buffer_size=50) == 2
+    assert "this run needs" in program.err
+
+
+def test_a_checkpoint_file_is_resumed_as_its_folder_is(program, finished):
+    program.resume(finished / "checkpoint.pt", total_timesteps=70)
+    assert "step 60 after 10 updates" in program.out
+    assert counters(finished) == (70, 15)
+
+
+def test_flags_override_those_of_the_run(program, finished):
+    """At twice the train ratio, the 10 steps are 10 updates."""
+    program.resume(finished, total_timesteps=70, train_ratio=32, learning_rate=1e-3)
+    assert counters(finished) == (70, 20)
+    assert saved(finished)["args"]["learning_rate"] == 1e-3
+
+
+def test_the_learning_rate_of_the_flags_is_that_of_the_updates(program, finished):
+    more = {"learning_rate": 1e-3, "warmup_updates": 1, "log_frequency": 10}
+    program.resume(finished, total_timesteps=70, **more)
+    assert scalars(finished)["charts/learning_rate"][-1] == pytest.approx(1e-3)
+
+
+def test_a_resumed_run_keeps_its_buffer_size(program, finished):
+    program.resume(finished, total_timesteps=70)
+    assert saved(finished)["args"]["buffer_size"] == 60
+
+
+@pytest.fixture(scope="module")
+def refilled(tmp_path_factory) -> SimpleNamespace:
+    """A run of 60 steps that keeps no replay files, and goes on to step 120."""
+    program = Program(tmp_path_factory.mktemp("refilled"))
+    folder = program.train(
+        env_id="DreamerTruncatedChain-v0",
+        total_timesteps=60,
+        buffer_size=100,
+        persist_replay=False,
+        replay_windows="stream",
+    )
+    program.resume(folder, total_timesteps=120, eval_frequency=60, video_frequency=5)
+    return SimpleNamespace(folder=folder, out=program.out)
+
+
+def test_without_replay_files_a_resumed_run_begins_with_an_empty_buffer(refilled):
+    assert "after 10 updates, 0 steps in the replay buffer" in refilled.out
+    assert not (refilled.folder / "replay").exists()
+
+
+def test_without_replay_files_a_resumed_run_fills_its_buffer_first(refilled):
+    """The first 40 of 60 steps fill it, the other 20 are 10 updates."""
+    assert counters(refilled.folder) == (120, 10 + 10)
+
+
+def test_without_replay_files_a_resumed_run_keeps_its_buffer_size(refilled):
+    """That was cut to the 60 steps of the first run."""
+    assert "replay: 60 steps take 0.00 GB" in refilled.out
+
+
+def test_a_run_that_is_stopped_while_it_fills_its_buffer_goes_on_filling_it(program, finished):
+    """10 steps, then 30, and from step 100 on an update every 2 steps."""
+    shutil.rmtree(finished / "replay")
+    program.resume(finished, total_timesteps=70)
+    program.resume(finished, total_timesteps=120)
+    assert "10 steps in the replay buffer" in program.out
+    assert counters(finished) == (120, 10 + 10)
+
+
+# === checkpoints that are not written =============================================================
+def make_third_update_nan(monkeypatch) -> None:
+    """The rewards of the third update from now on are not a number."""
+    train_step = dreamerv3.train_step
+    batches = []
+
+    def update(model, optimizer, batch, args):
+        batches.append(batch)
+        if len(batches) == 3:
+            batch["reward"].fill_(math.nan)
+        return train_step(model, optimizer, batch, args)
+
+    monkeypatch.setattr(dreamerv3, "train_step", update)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(program, finished, monkeypatch):
+    """Updates 11, 12, 13 are those of steps 62, 64, 66; the checkpoint of step 65 is the last."""
+    make_third_update_nan(monkeypatch)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        program.resume(finished, total_timesteps=70, checkpoint_frequency=5, cudagraphs=False)
+    assert counters(finished) == (65, 12)
+
+
+def replace_metric(monkeypatch, name: str, values: list[float]) -> None:
+    """Let the metric of successive updates have these values."""
+    train_step = dreamerv3.train_step
+    values = iter(values)
+
+    def update(*args, **kwargs):
+        latents, metrics = train_step(*args, **kwargs)
+        metrics[name] = torch.tensor(next(values))
+        return latents, metrics
+
+    monkeypatch.setattr(dreamerv3, "train_step", update)
+
+
+def test_metrics_are_recorded_as_means_over_updates(program, finished, monkeypatch):
+    """An update every 2 steps, a record every 4."""
+    replace_metric(monkeypatch, "losses/recon", [1.0, 3.0, 2.0, 6.0])
+    program.resume(finished, total_timesteps=68, log_frequency=4, cudagraphs=False)
+    assert scalars(finished)["losses/recon"] == [2, 4]
+
+
+def test_a_metric_that_is_not_finite_ends_the_run_with_its_name(program, finished, monkeypatch):
+    replace_metric(monkeypatch, "losses/recon", [math.inf, 1.0, 1.0, 1.0])
+    with pytest.raises(FloatingPointError, match="losses/recon is not finite at step 64"):
+        program.resume(finished, total_timesteps=68, log_frequency=4, cudagraphs=False)
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(program, monkeypatch):
+    """The checkpoint of step 100, and that at the end, are written in part."""
+    save = torch.save
+
+    def save_until_the_disk_is_full(state, file):
+        if state["step"] > 50:
+            save("a part", file)
+            raise RuntimeError("PytorchStreamWriter failed writing file")  # torch's words
+        save(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_until_the_disk_is_full)
+        with pytest.raises(RuntimeError, match="failed writing"):
+            program.train(
+                env_id="DreamerChain-v0",
+                buffer_size=60,
+                total_timesteps=110,
+                train_ratio=4,
+                checkpoint_frequency=50,
+            )
+    folder = program.run_folder()
+    assert saved(folder)["step"] == 50
+    program.resume(folder)
+    assert counters(folder) == (110, 8)  # (110 - 40) / 8
+
+
+def test_replay_files_are_flushed_before_every_checkpoint(program, finished, monkeypatch):
+    """At steps 65, 70 and at the end."""
+    save = dreamerv3.save_atomically
+    flushed = []
+    flushed_before_saves = []
+
+    def remember(array):
+        flushed.append(Path(array.filename).name)
+
+    def save_and_start_again(state, path):
+        flushed_before_saves.append(sorted(flushed))
+        flushed.clear()
+        save(state, path)
+
+    monkeypatch.setattr(np.memmap, "flush", remember)
+    monkeypatch.setattr(dreamerv3, "save_atomically", save_and_start_again)
+    program.resume(finished, total_timesteps=71, checkpoint_frequency=5)
+    names = sorted(path.name for path in (finished / "replay").iterdir())
+    assert flushed_before_saves == [names, names, names]
+
+
+# === memory, devices ==============================================================================
+@pytest.fixture(scope="module")
+def measurements(tmp_path_factory) -> list[SimpleNamespace]:
+    """Memory in bytes and live tensors at every checkpoint of a run whose buffer of 300 steps is
+    soon full; it draws dreams and logs as it goes."""
+    save = dreamerv3.save_atomically
+    seen = []
+
+    def measure(state, path) -> None:
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        memory = pages * os.sysconf("SC_PAGE_SIZE")
+        tensors = [x for x in gc.get_objects() if type(x) is Tensor]
+        seen.append(SimpleNamespace(memory=memory, tensors=len(tensors)))
+        save(state, path)
+
+    program = Program(tmp_path_factory.mktemp("memory"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dreamerv3, "save_atomically", measure)
+        program.train(
+            env_id="CartPole-v1",
+            buffer_size=300,
+            total_timesteps=1200,
+            train_ratio=3,
+            checkpoint_frequency=120,
+            log_frequency=120,
+            video_frequency=30,
+        )
+    return seen
+
+
+def test_memory_is_constant_once_the_buffer_is_full(measurements):
+    memory = [x.memory for x in measurements]
+    assert len(memory) == 11  # 10 checkpoints, and one at the end
+    assert memory[-1] - memory[4] < 4e6, memory
+
+
+def test_live_tensors_are_constant_once_the_buffer_is_full(measurements):
+    tensors = [x.tensors for x in measurements[4:]]
+    assert max(tensors) == min(tensors), tensors
+
+
+def test_no_cuda_leaves_a_gpu_alone(program, monkeypatch):
+    """One that is counted but cannot start."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    folder = program.train(env_id="DreamerChain-v0", total_timesteps=60, cuda=False)
+    assert "CUDA" not in program.out
+    program.resume(folder, total_timesteps=70)
+    assert "CUDA" not in program.out
+
+
+def test_convolutions_are_deterministic_and_in_float32(program, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    program.train(env_id="DreamerChain-v0", total_timesteps=42)
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.allow_tf32
+
+
+# === dreams =======================================================================================
+def make_dream_batch(agent: Agent) -> dict:
+    """Five sequences of eight steps. An episode begins at step 1 of all, and at step 6 of the
+    first, where the model has to predict."""
+    batch = make_batch(agent, batch=5, length=8)
+    batch["is_first"][:] = torch.arange(8) == 1
+    batch["is_first"][0, 6] = True
+    return batch
+
+
+@torch.no_grad()
+def posterior_then_prior(agent: Agent, batch: dict, context: int) -> dict[str, Tensor]:
+    """What open_loop predicts, key -> (B, T, …), from whole sequences: the posterior's states for
+    the first `context` steps, then the prior's from the state before."""
+    action = batch["prev_action"]
+    is_first = batch["is_first"]
+    embed = agent.encoder(batch["obs"])
+    deter, stoch, _ = agent.rssm.observe(batch["deter"], batch["stoch"], action, embed, is_first)
+    deters = list(deter[:, :context].unbind(1))
+    stochs = list(stoch[:, :context].unbind(1))
+    u = torch.zeros(5, TINY.groups)  # argmax_sampling ignores it
+    for t in range(context, 8):
+        before = [deters[-1].clone(), stochs[-1].clone(), action[:, t].clone()]
+        for x in before:
+            x[is_first[:, t]] = 0
+        deter, stoch = agent.rssm.predict_step(*before, u)
+        deters.append(deter)
+        stochs.append(stoch)
+    return agent.decoder(torch.stack(deters, 1), torch.stack(stochs, 1))
+
+
+@pytest.mark.parametrize("key", ["image", "gray"])
+def test_a_dream_of_images_is_the_posterior_and_then_the_prior(key, argmax_sampling):
+    """Truth, prediction and half of their difference are above each other."""
+    agent, _ = make_agent(SPECS)
+    batch = make_dream_batch(agent)
+    truth = batch["obs"][key] / 255
+    prediction = posterior_then_prior(agent, batch, context=3)[key]
+    error = (prediction - truth + 1) / 2
+    expected = torch.cat([truth, prediction, error], 2)
+    dream = dreamerv3.open_loop(agent, batch, context=3)
+    torch.testing.assert_close(dream[key], expected[:4], rtol=1e-4, atol=1e-5)
+
+
+def test_a_dream_of_vectors_is_the_posterior_and_then_the_prior(argmax_sampling):
+    agent, _ = make_agent(SPECS)
+    batch = make_dream_batch(agent)
+    prediction = posterior_then_prior(agent, batch, context=3)["vector"]
+    expected = torch.stack([batch["obs"]["vector"], networks.symexp(prediction)], 2)
+    dream = dreamerv3.open_loop(agent, batch, context=3)
+    torch.testing.assert_close(dream["vector"], expected[:4], rtol=1e-4, atol=1e-5)
+
+
+def test_a_dream_of_classes_is_the_posterior_and_then_the_prior(argmax_sampling):
+    agent, _ = make_agent(SPECS)
+    batch = make_dream_batch(agent)
+    prediction = posterior_then_prior(agent, batch, context=3)["kind"].argmax(-1)
+    expected = torch.stack([batch["obs"]["kind"], prediction], 2)
+    dream = dreamerv3.open_loop(agent, batch, context=3)
+    torch.testing.assert_close(dream["kind"], expected[:4].float())
+
+
+def test_a_dream_has_every_key_of_the_observation(argmax_sampling):
+    agent, _ = make_agent(SPECS)
+    dream = dreamerv3.open_loop(agent, make_dream_batch(agent))
+    assert dream.keys() == SPECS.keys()
+
+
+def draw(agent: Agent, folder: Path) -> None:
+    """Draw a dream, that of update 7, into a folder."""
+    writer = dreamerv3.SummaryWriter(folder)
+    dreamerv3.write_dream(agent, make_dream_batch(agent), folder, writer, 0, 7)
+    writer.close()
+
+
+def test_drawing_a_dream_takes_no_random_numbers_from_training(tmp_path):
+    agent, _ = make_agent(SPECS)
+    before = torch.get_rng_state()
+    draw(agent, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_border_tells_what_the_model_sees_and_where_episodes_begin(tmp_path):
+    green = (0, 255, 0)  # it sees the first five frames
+    red = (255, 0, 0)  # it does not
+    white = (255, 255, 255)  # an episode begins
+    agent, _ = make_agent(SPECS)
+    draw(agent, tmp_path)
+    with Image.open(tmp_path / "dreams" / "7.gif") as gif:
+        corners = [gif.convert("RGB").getpixel((0, 0)) for _ in ImageSequence.Iterator(gif)]
+    expected = [green, white, green, green, green, red, white, red]
+    np.testing.assert_allclose(corners, expected, atol=30)  # a gif has few colors
+
+
+@pytest.fixture(scope="module")
+def dreaming(tmp_path_factory) -> SimpleNamespace:
+    """A run that draws dreams at updates 5 and 10, those of steps 50 and 60."""
+    program = Program(tmp_path_factory.mktemp("dreaming"))
+    folder = program.train(
+        env_id="DreamerEverything-v0",
+        total_timesteps=60,
+        video_frequency=5,
+        image_size=48,
+    )
+    return SimpleNamespace(program=program, folder=folder)
+
+
+@pytest.mark.parametrize("updates", [5, 10])
+def test_images_are_drawn_as_a_gif(updates, dreaming):
+    """Eight frames of four sequences with a border of 2 pixels; three images above each other."""
+    with Image.open(dreaming.folder / "dreams" / f"{updates}.gif") as gif:
+        assert gif.n_frames == 8
+        assert gif.size == (4 * (48 + 4), 3 * 48 + 4)
+
+
+@pytest.mark.parametrize("updates", [5, 10])
+def test_vectors_are_drawn_as_curves(updates, dreaming):
+    """Eight plots below each other."""
+    with Image.open(dreaming.folder / "dreams" / f"{updates}.png") as plot:
+        assert plot.size == (1280, 8 * 120)
+
+
+@pytest.mark.parametrize(
+    "tag, size",
+    [("dream/images", (8 * 52, 4 * 148)), ("dream/vectors", (1280, 8 * 120))],
+)
+def test_dreams_are_in_tensorboard(tag, size, dreaming):
+    images = events(dreaming.folder).Images(tag)
+    assert [(x.width, x.height) for x in images] == [size, size]
+    assert [x.step for x in images] == [50, 60]
+
+
+def test_an_agent_with_images_of_another_size_can_be_evaluated(dreaming):
+    with dreaming.program.inside():
+        agent, args = dreamerv3.load_agent(dreaming.folder)
+        assert args.image_size == 48
+        assert len(dreamerv3.evaluate(agent, args, episodes=1, seed=0)) == 1
+
+
+# === evaluation, videos, tracking =================================================================
+@pytest.fixture(scope="module")
+def cartpole(tmp_path_factory) -> SimpleNamespace:
+    """A run of CartPole with its weights apart and without its replay buffer."""
+    program = Program(tmp_path_factory.mktemp("cartpole"))
+    folder = program.train(
+        env_id="CartPole-v1",
+        total_timesteps=60,
+        checkpoint_frequency=50,
+        save_model=True,
+        learning_rate=0.01,
+        warmup_updates=1,
+    )
+    shutil.rmtree(folder / "replay")
+    return SimpleNamespace(program=program, folder=folder)
+
+
+def agent_paths(folder: Path) -> list[Path]:
+    """All from which an agent can be loaded."""
+    return [folder, folder / "checkpoint.pt", folder / "model.pt"]
+
+
+def evaluate_only(run: SimpleNamespace, path: Path, **flags) -> str:
+    """The last line that --eval-only prints, of 4 episodes."""
+    assert run.program.call(resume=path, eval_only=True, eval_episodes=4, seed=3, **flags) == 0
+    return run.program.out.splitlines()[-1]
+
+
+def test_eval_only_prints_the_returns(cartpole):
+    line = evaluate_only(cartpole, cartpole.folder)
+    assert line.startswith("evaluation: 4 episodes of CartPole-v1, return mean ")
+
+
+def test_eval_only_takes_a_folder_a_checkpoint_or_weights(cartpole):
+    lines = [evaluate_only(cartpole, path) for path in agent_paths(cartpole.folder)]
+    assert lines[0] == lines[1] == lines[2]
+
+
+@pytest.mark.parametrize("file", ["", "checkpoint.pt", "model.pt"], ids=lambda x: x or "folder")
+def test_evaluate_plays_what_eval_only_plays(file, cartpole, capsys):
+    path = cartpole.folder / file
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with cartpole.program.inside():
+        agent, args = dreamerv3.load_agent(path, device)
+        dreamerv3.evaluate(agent, args, episodes=4, seed=3)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == evaluate_only(cartpole, path)
+
+
+def test_evaluations_write_nothing(cartpole):
+    before = files(cartpole.program.folder)
+    evaluate_only(cartpole, cartpole.folder)
+    with cartpole.program.inside():
+        agent, args = dreamerv3.load_agent(cartpole.folder)
+        dreamerv3.evaluate(agent, args, episodes=1, seed=3)
+    assert files(cartpole.program.folder) == before
+
+
+def test_eval_only_works_without_cuda(cartpole):
+    assert evaluate_only(cartpole, cartpole.folder, cuda=False) != ""
+    assert "CUDA" not in cartpole.program.out
+
+
+def test_episodes_of_an_evaluation_begin_differently(cartpole, monkeypatch):
+    policy = Mock(wraps=dreamerv3.policy)
+    monkeypatch.setattr(dreamerv3, "policy", policy)
+    evaluate_only(cartpole, cartpole.folder)
+    calls = [call.args for call in policy.call_args_list]
+    begins = [obs["obs"] for _, obs, _, is_first in calls if is_first]
+    assert len(begins) == 4
+    assert len(torch.cat(begins).unique(dim=0)) == 4
+
+
+def test_evaluations_keep_the_state_during_an_episode(cartpole, monkeypatch):
+    policy = Mock(wraps=dreamerv3.policy)
+    monkeypatch.setattr(dreamerv3, "policy", policy)
+    evaluate_only(cartpole, cartpole.folder)
+    for _, _, (deter, _, _), is_first in [call.args for call in policy.call_args_list]:
+        assert is_first or deter.any()
+
+
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory) -> SimpleNamespace:
+    """A run of CartPole in all ways that record videos, under the name `name`, and the `returns` of
+    the three episodes that --eval-only has recorded."""
+    program = Program(tmp_path_factory.mktemp("filmed"))
+    folder = program.train(
+        env_id="CartPole-v1",
+        total_timesteps=100,
+        action_repeat=2,
+        capture_video=True,
+        eval_frequency=100,
+        eval_episodes=1,
+    )
+    program.resume(folder, total_timesteps=120)
+    assert program.call(resume=folder, eval_only=True, eval_episodes=3) == 0
+    with program.inside():
+        agent, args = dreamerv3.load_agent(folder)
+        returns = dreamerv3.evaluate(agent, args, episodes=3, seed=1)
+    return SimpleNamespace(videos=program.folder / "videos", name=folder.name, returns=returns)
+
+
+def test_videos_are_in_folders_for_what_they_show(filmed):
+    folders = {path.parent for path in filmed.videos.rglob("*.mp4")}
+    kinds = ["train-0", "train-100", "eval-100", "eval-only"]
+    assert folders == {filmed.videos / filmed.name / kind for kind in kinds}
+
+
+@pytest.mark.parametrize("episode", [0, 1, 2])
+def test_a_video_has_a_frame_for_every_agent_step(episode, filmed):
+    """CartPole's return is its number of steps, two of which are an agent step; and there is a
+    frame before the first. The writer may drop the last one."""
+    path = filmed.videos / filmed.name / "eval-only" / f"rl-video-episode-{episode}.mp4"
+    frames = cv2.VideoCapture(path).get(cv2.CAP_PROP_FRAME_COUNT)
+    steps = math.ceil(filmed.returns[episode] / 2)
+    assert steps <= frames <= steps + 1
+
+
+@pytest.mark.parametrize("episode", [0, 1, 2])
+def test_videos_play_at_the_speed_of_the_environment(episode, filmed):
+    """50 environment steps a second are 25 agent steps."""
+    path = filmed.videos / filmed.name / "eval-only" / f"rl-video-episode-{episode}.mp4"
+    assert cv2.VideoCapture(path).get(cv2.CAP_PROP_FPS) == 25
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory) -> SimpleNamespace:
+    """A run that is tracked, and resumed: the arguments of wandb.init for both, and the paths that
+    wandb.save got."""
+    wandb = Mock()
+    program = Program(tmp_path_factory.mktemp("tracked"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", wandb)
+        folder = program.train(
+            env_id="ale_py:ALE/Pong-v5",
+            total_timesteps=40,
+            capture_video=True,
+            track=True,
+            wandb_project_name="project",
+            wandb_entity="team",
+        )
+        program.resume(folder, total_timesteps=50)
+    assert wandb.init.call_count == 2
+    first = wandb.init.call_args_list[0].kwargs
+    second = wandb.init.call_args_list[1].kwargs
+    paths = [Path(call.args[0]) for call in wandb.save.call_args_list]
+    name = str(folder.relative_to(program.folder / "runs"))
+    return SimpleNamespace(name=name, first=first, second=second, paths=paths)
+
+
+def test_a_tracked_run_has_the_name_of_its_folder(tracked):
+    assert tracked.first["name"] == tracked.name
+
+
+def test_a_tracked_run_goes_on_when_it_is_resumed(tracked):
+    """Ids of Weights & Biases have no colons and slashes."""
+    run_id = re.sub("[:/]", "-", tracked.name)
+    assert tracked.first["id"] == run_id
+    assert tracked.second["id"] == run_id
+    assert tracked.second["resume"] == "allow"
+
+
+def test_a_tracked_run_belongs_to_the_project_and_team_of_the_flags(tracked):
+    assert tracked.first["project"] == "project"
+    assert tracked.first["entity"] == "team"
+
+
+def test_a_tracked_run_sends_its_flags(tracked):
+    assert tracked.first["config"]["batch_length"] == 8
+
+
+def test_a_tracked_run_sends_what_tensorboard_gets_and_the_code(tracked):
+    assert tracked.first["sync_tensorboard"]
+    assert tracked.first["save_code"]
+
+
+def test_a_tracked_run_sends_the_source_files(tracked):
+    sources = tracked.paths[:3]
+    assert [path.name for path in sources] == ["dreamerv3.py", "networks.py", "replay.py"]
+    assert all(path.exists() for path in sources)
+
+
+def test_a_tracked_run_sends_its_videos(tracked):
+    assert tracked.paths[3].name == "*.mp4"
+
+
+def test_an_error_of_wandb_is_not_hidden(program, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Mock(init=Mock(side_effect=ConnectionError)))
+    with pytest.raises(ConnectionError):
+        program.train(env_id="CartPole-v1", total_timesteps=40, track=True)
+
+
+# === data-parallel training =======================================================================
+def three_updates(rank: int, processes: int, folder: Path) -> None:
+    """Process `rank` of some: updates on its share of four sequences. Saves all weights and the
+    last gradients."""
+    # the same noise for every sequence, whichever process has it
+    torch.rand = lambda *shape, device=None: torch.full(shape, 0.4, device=device)
     torch.manual_seed(rank)  # the weights of rank 0 count
-    agent, args = make_agent(SPECS, twohot="symlog")  # bins up to 5e8 would enlarge rounding errors
+    torch.compiler.set_stance("force_eager")
+    # symlog: symexp's bins up to 5e8 would enlarge rounding errors
+    agent, args = make_agent(SPECS, twohot="symlog")
     for p in agent.parameters():
         p.data += 0.05 * torch.randn_like(p)  # returns are not all 0
-    optimizer = dreamerv3.LaProp(agent.trained(), 1e-3, warmup=1)
-    if world > 1:
-        torch.distributed.init_process_group(
-            "gloo", f"file://{folder}/store", rank=rank, world_size=world
-        )
-        dreamerv3.train_together(agent, optimizer)
-    rows, batch = slice(4 * rank // world, 4 * (rank + 1) // world), make_batch(agent, 4)
+    optimizer = dreamerv3.LaProp(agent.trained(), 1e-3)
+    model = agent
+    if processes > 1:
+        store = f"file://{folder}/store"
+        torch.distributed.init_process_group("gloo", store, rank=rank, world_size=processes)
+        model = nn.parallel.DistributedDataParallel(agent)
+
+    share = 4 // processes
+    rows = slice(share * rank, share * (rank + 1))
+    batch = tree_map(lambda x: x[rows], make_batch(agent, batch=4))
     for _ in range(3):
-        dreamerv3.train_step(agent, optimizer, tree_map(lambda x: x[rows], batch), args)
-    grads = {
-        f"gradient of {name}": p.grad for name, p in agent.named_parameters() if p.requires_grad
-    }
-    torch.save(agent.state_dict() | grads, folder / f"{rank}of{world}.pt")
+        dreamerv3.train_step(model, optimizer, batch, args)
+    results = dict(agent.state_dict())
+    for name, p in agent.named_parameters():
+        if p.requires_grad:
+            results[f"gradient of {name}"] = p.grad
+    torch.save(results, folder / f"{rank}of{processes}.pt")
 
 
-def test_two_processes_make_the_updates_of_one_on_the_joined_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "rand", torch.rand)  # put back afterwards
-    three_updates(0, 1, tmp_path)
-    torch.multiprocessing.spawn(three_updates, (2, tmp_path), nprocs=2)
-    alone, first, second = (
-        torch.load(tmp_path / f"{name}.pt") for name in ("0of1", "0of2", "1of2")
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory) -> SimpleNamespace:
+    """The same three updates in one process, and in two, half of the batch each."""
+    folder = tmp_path_factory.mktemp("parallel")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", torch.rand)  # put back afterwards
+        three_updates(0, 1, folder)
+    torch.multiprocessing.spawn(three_updates, (2, folder), nprocs=2)
+    return SimpleNamespace(
+        alone=torch.load(folder / "0of1.pt"),
+        first=torch.load(folder / "0of2.pt"),
+        second=torch.load(folder / "1of2.pt"),
     )
-    assert alone["return_norm.hi"] - alone["return_norm.lo"] > 1e-4
-    for name, x in alone.items():
-        assert torch.equal(first[name], second[name]), name
-        assert (first[name] - x).norm() <= 1e-4 * x.norm() + 1e-6, name
 
 
-def test_torchrun_trains_logs_once_and_resumes(tmp_path):
-    def output(flags: str) -> str:
-        torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 {ROOT / 'dreamerv3.py'}"
-        return subprocess.getoutput(
-            f"cd {tmp_path} && CUDA_VISIBLE_DEVICES= {torchrun} {flags}"
-        )  # and errors
-
-    text = output(
-        f"{FAST} --env-id CartPole-v1 --seed 3 --total-timesteps 150 --checkpoint-frequency 139"
-    )
-    assert (
-        text.count("run folder: ") == 1
-        and "1 update every 8 agent steps" in text
-        and "size: 1m" in text
-    )
-    (folder,) = tmp_path.glob("runs/*")  # one for both
-    assert (saved(folder)["global_step"], saved(folder)["updates"]) == (150, (150 - 64) // 8)
-    steps, acts = (
-        [np.load(folder / f"replay{i}/{k}.npy")[0, :-1] for i in ("", 1)]
-        for k in ("obs.obs", "action")
-    )
-    assert (
-        len(steps[0]) == 75
-        and not (steps[0] == steps[1]).all(-1).any()
-        and (acts[0] != acts[1]).mean() > 0.2
-    )
-    (folder / "checkpoint_previous.pt").rename(
-        folder / "checkpoint.pt"
-    )  # as if killed after the one of step 140
-    np.save(folder / "replay1" / "clock.npy", np.array([74]))  # one process was a step behind
-    text = output(f"--resume {folder} --total-timesteps 160")
-    assert text.count("resumed at step 148 after 9 updates") == 1
-    assert (
-        saved(folder)["updates"] == 12
-        and ("bfloat16" in text) == torch.cpu._is_avx512_bf16_supported()
-    )
-    assert scalars(folder)["optim/grad_norm"] == scalars(folder / "rank1")["optim/grad_norm"] != []
-    for name, flags in {
-        "early": "--train-ratio 64",
-        "last": "--train-ratio 1 --total-timesteps 118",
-    }.items():
-        text = output(
-            f"{FAST} --env-id test_dreamerv3:Dreamer-nan-v0 {flags} --exp-name {name}"
-        )  # in process 1 alone
-        assert "failed at step 118, saved runs/" in text
-        assert saved(next(tmp_path.glob(f"runs/*{name}*")))["global_step"] == 2 * 59  # by process 0
+def test_two_processes_have_the_same_weights(parallel):
+    assert parallel.first.keys() == parallel.second.keys()
+    for name, x in parallel.first.items():
+        assert torch.equal(x, parallel.second[name]), name
 
 
-# === the README's environments ========================================================================================
-@pytest.mark.parametrize(
-    "env_id", sorted({*re.findall(r"--env-id (\S+?)`", README), PONG} - {CRAFTER})
-)
-def test_ids_of_the_readme_can_be_stepped_or_say_how_to_install_them(env_id, capsys):
+def test_two_processes_make_the_updates_of_one_on_the_joined_batch(parallel):
+    assert parallel.first.keys() == parallel.alone.keys()
+    for name, x in parallel.alone.items():
+        difference = parallel.first[name] - x
+        assert difference.norm() <= 1e-4 * x.norm() + 1e-6, name
+
+
+def test_the_compared_updates_move_the_return_range(parallel):
+    """Else the comparisons would not see how the returns of two processes are joined."""
+    assert parallel.alone["return_norm.hi"] - parallel.alone["return_norm.lo"] > 1e-4
+
+
+def torchrun(cwd: Path, **flags) -> str:
+    """What two processes of the program print on a CPU, errors too."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program = ["--nproc-per-node", "2", str(ROOT / "dreamerv3.py")]
+    result = subprocess.run(
+        [*launcher, *program, *as_flags(flags)],
+        cwd=cwd,
+        env=dict(os.environ, CUDA_VISIBLE_DEVICES=""),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> SimpleNamespace:
+    """A run under torchrun, and what it was at its end: an update replays 2 * 4 * 16 steps, so that
+    one is due every 8 agent steps from step 64 on. It goes on after one process has lost a step."""
+    cwd = tmp_path_factory.mktemp("torchrun")
+    flags = dict(QUICK, batch_length=16, learning_starts=64, imagination_horizon=3)
+    flags.update(size="auto", precision="auto")
+    out = torchrun(cwd, env_id="CartPole-v1", seed=3, total_timesteps=150, **flags)
+    folders = list(cwd.glob("runs/*"))
+    folder = folders[0]
+    ended = SimpleNamespace(out=out, folders=folders, counters=counters(folder))
+    for name in ("obs.obs", "action"):
+        of_both = [np.load(folder / f"replay{i}" / f"{name}.npy")[0, :-1] for i in ("", 1)]
+        setattr(ended, name.split(".")[0], of_both)
+
+    np.save(folder / "replay1" / "clock.npy", np.array([74]))
+    ended.resumed_out = torchrun(cwd, resume=folder, total_timesteps=160)
+    ended.resumed_counters = counters(folder)
+    return ended
+
+
+def test_processes_share_a_run_folder(together):
+    assert len(together.folders) == 1
+
+
+def test_one_process_prints_for_all(together):
+    assert together.out.count("run folder: ") == 1
+
+
+def test_processes_share_the_train_ratio(together):
+    assert "1 update every 8 agent steps" in together.out
+    assert together.counters == (150, (150 - 64) // 8)
+
+
+def test_the_default_size_on_a_cpu_is_1m(together):
+    assert "size: 1m" in together.out
+
+
+def test_the_default_precision_on_a_cpu_is_bfloat16_where_that_is_native(together):
+    assert ("bfloat16" in together.out) == torch.cpu._is_avx512_bf16_supported()
+
+
+def test_processes_store_observations_of_their_own(together):
+    first, second = together.obs
+    assert len(first) == 75
+    assert not (first == second).all(-1).any()
+
+
+def test_processes_store_actions_of_their_own(together):
+    first, second = together.action
+    assert (first != second).mean() > 0.2
+
+
+def test_processes_resume_together_though_one_has_lost_a_step(together):
+    assert together.resumed_out.count("resumed at step 150 after 10 updates") == 1
+    assert together.resumed_counters == (160, 12)
+
+
+# === the README: its environments, numbers, snippets and figures ==================================
+PONG = "examples.protocols:PongFull-v5"
+CRAFTER = "examples.crafter_env:Crafter-v0"
+
+
+def readme_ids() -> list[str]:
+    """All ids in commands of the README, and PONG, without CRAFTER, which is too slow to start."""
+    ids = set(re.findall(r"--env-id (\S+?)`", README))
+    ids.add(PONG)
+    ids.discard(CRAFTER)
+    return sorted(ids)
+
+
+@pytest.mark.parametrize("env_id", readme_ids())
+def test_environments_of_the_readme_can_be_stepped_or_say_what_is_missing(env_id):
+    """With the packages of requirements.txt alone, some are missing."""
     try:
         env = dreamerv3.make_env(env_id)
-    except SystemExit:  # CI installs requirements.txt alone
-        error = capsys.readouterr().err
-        assert (
-            any(f"pip install {x}" in error for x in ("minatar", '"shimmy[dm', '"gymnasium['))
-            or "minigrid" in error
-        )
+    except (ImportError, gym.error.DependencyNotInstalled, dreamerv3.UserError) as error:
+        assert re.search(r"minatar|shimmy|gymnasium\[|minigrid", str(error))
         return
     env.reset(seed=0)
-    assert all(
-        env.observation_space.contains(env.step(env.action_space.sample())[0]) for _ in range(5)
-    )
-    assert env.action_spec.size == 18 or env_id != PONG  # the full action set
+    for _ in range(5):
+        obs, *_ = env.step(env.action_space.sample())
+        assert env.observation_space.contains(obs)
 
 
-def test_examples_of_environments_that_are_not_installed(monkeypatch):
-    class Game:  # episodes of two steps, every second one ended by death
-        def __init__(self, seed=None):
-            self.time, self.reset = 0, lambda: np.full((64, 64, 3), seed, np.uint8)
+def test_the_example_of_pong_has_all_actions():
+    assert dreamerv3.make_env(PONG).action_spec.size == 18
 
-        def step(self, action):
-            self.time += 1
-            return self.reset(), 0.1, self.time % 2 == 0, {"discount": float(self.time % 4 > 0)}
 
+class Game:
+    """Crafter's interface, that of the old Gym. Shows its seed; episodes have two steps, every
+    second one is ended by death."""
+
+    def __init__(self, seed=None):
+        self.seed = seed
+        self.time = 0
+
+    def reset(self):
+        return np.full((64, 64, 3), self.seed, np.uint8)
+
+    def step(self, action):
+        self.time += 1
+        alive = self.time % 4 > 0
+        return self.reset(), 0.1, self.time % 2 == 0, {"discount": float(alive)}
+
+
+@pytest.fixture
+def crafter(monkeypatch) -> dreamerv3.Adapter:
+    """The example of Crafter with a Game."""
     monkeypatch.setitem(sys.modules, "crafter", Mock(Env=Game))
-    env = dreamerv3.make_env(CRAFTER)
-    for seed, last in {7: (False, True), None: (True, False)}.items():
-        assert env.reset(seed=seed)[0]["obs"][0, 0, 0] == 7  # a seed is for the first reset
-        assert [env.step(np.array([16]))[2:4] for _ in range(2)] == [(False, False), last]
-    make = lambda *_, render_kwargs, **flags: gym.make("CartPole-v1", **flags)  # noqa: E731
+    return dreamerv3.make_env(CRAFTER)
+
+
+def test_crafter_takes_a_seed_at_its_first_reset_and_keeps_it(crafter):
+    for seed in (7, None):
+        obs, _ = crafter.reset(seed=seed)
+        assert (obs["obs"] == 7).all()
+
+
+def ends_of_two_steps(env: gym.Env) -> list[tuple[bool, bool]]:
+    """terminated and truncated of two steps."""
+    ends = []
+    for _ in range(2):
+        _, _, terminated, truncated, _ = env.step(np.array([16]))
+        ends.append((terminated, truncated))
+    return ends
+
+
+def test_crafter_tells_death_from_a_time_limit(crafter):
+    crafter.reset(seed=7)
+    assert ends_of_two_steps(crafter) == [(False, False), (False, True)]
+    crafter.reset()
+    assert ends_of_two_steps(crafter) == [(False, False), (True, False)]
+
+
+def test_the_example_of_walker_shows_pixels(monkeypatch):
+    """With CartPole in the place of DeepMind Control."""
+
+    def make(env_id: str, render_kwargs: dict, **options) -> gym.Env:
+        return gym.make("CartPole-v1", **options)
+
     monkeypatch.setitem(sys.modules, "shimmy", Mock())
-    module = dreamerv3.import_module("examples.protocols")
-    monkeypatch.setattr(module, "gym", Mock(wrappers=gym.wrappers, make=make))
-    assert dreamerv3.make_env("examples.protocols:WalkerPixels-v0").specs == {
-        "obs": ObsSpec((64, 64, 3))
-    }
+    protocols = dreamerv3.import_module("examples.protocols")
+    monkeypatch.setattr(protocols, "gym", Mock(wrappers=gym.wrappers, make=make))
+    env = dreamerv3.make_env("examples.protocols:WalkerPixels-v0")
+    assert env.specs == {"obs": ObsSpec((64, 64, 3))}
 
 
-def test_your_own_environment_trains(program):
-    env = dreamerv3.make_env("examples.my_env:MyEnv-v0")
-    assert (env.specs, env.action_spec.nvec) == (
-        {"camera": ObsSpec((64, 64, 3)), "state": ObsSpec((4,))},
-        (3, 3),
-    )
-    for action, steps, last in [
-        (1, 200, (False, True)),
-        (2, 14, (True, False)),
-    ]:  # rest, and leave the field
-        env.reset(seed=0)
-        assert [env.step(np.array([action, action]))[2:4] for _ in range(steps)][-1] == last
-    program(f"{QUICK} --env-id examples.my_env:MyEnv-v0 --total-timesteps 60 --capture-video")
+MY_ENV = "examples.my_env:MyEnv-v0"
+
+
+def test_the_environment_of_your_own_has_a_camera_numbers_and_two_actions():
+    env = dreamerv3.make_env(MY_ENV)
+    assert env.specs == {"camera": ObsSpec((64, 64, 3)), "state": ObsSpec((4,))}
+    assert env.action_spec.nvec == (3, 3)
+
+
+@pytest.mark.parametrize(
+    "push, steps, terminated",
+    [
+        pytest.param(1, 200, False, id="rest until the time limit"),
+        pytest.param(2, 12, True, id="leave the field"),
+    ],
+)
+def test_the_environment_of_your_own_ends_by(push, steps, terminated):
+    env = dreamerv3.make_env(MY_ENV)
+    env.reset(seed=0)
+    for _ in range(steps - 1):
+        _, _, *over, _ = env.step(np.array([push, push]))
+        assert over == [False, False]
+    _, _, *over, _ = env.step(np.array([push, push]))
+    assert over == [terminated, not terminated]
+
+
+def test_the_environment_of_your_own_trains(program):
+    folder = program.train(env_id=MY_ENV, total_timesteps=60, capture_video=True)
+    assert counters(folder) == (60, 10)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("compile", True),
+        ("cudagraphs", True),
+        ("checkpoint_frequency", 10_000),
+        ("buffer_size", 1_000_000),
+        ("batch_size", 16),
+        ("learning_starts", 1024),
+    ],
+)
+def test_defaults_that_the_readme_tells_in_words(name, value):
+    assert getattr(Args(), name) == value
+
+
+def test_defaults_in_the_table_of_the_readme_are_those_of_the_program():
+    table = README.split("| paper | code | flag (default) |")[1].split("\n\n")[0]
+    defaults = re.findall(r"--(\S+) ([\d.e-]+)", table)
+    assert defaults != []
+    for flag, value in defaults:
+        assert getattr(Args, flag.replace("-", "_")) == float(value), flag
+
+
+def snippet(text: str) -> str:
+    """The first Python code of a Markdown text."""
+    return re.search("```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_the_snippet_of_the_readme_plays_an_episode(program, capsys):
+    folder = program.train(env_id="DreamerChain-v0", total_timesteps=50, save_model=True)
+    shutil.move(folder / "model.pt", program.folder)
+    with program.inside():
+        exec(snippet(README), {})
+    assert capsys.readouterr().out.splitlines()[-1] == "return 15.0"
+
+
+def test_the_snippet_of_the_speed_page_times_an_update(program, capsys):
+    """With smaller batches than there, and one update."""
+    code = snippet((ROOT / "results" / "speed.md").read_text())
+    code = code.replace('d.Args(size="1m")', 'd.Args(size="1m", compile=False)')
+    code = code.replace("16, 64", "2, 4")
+    code = code.replace("initial(16)", "initial(2)")
+    code = code.replace("updates = 5", "updates = 1")
+    with program.inside():
+        exec(code, {})
+    assert re.search(r"^\d+\.\d after \d\.\d+ s$", capsys.readouterr().out, re.MULTILINE)
+
+
+RESULTS = ROOT / "results"
+sys.path.append(str(RESULTS))
+compare = importlib.import_module("compare")
+Results = compare.Results
+extract = importlib.import_module("extract")
+plot = importlib.import_module("plot")
+
+PAGES = [ROOT / "README.md", *sorted(RESULTS.glob("*.md"))]
+SUFFIX = r"_(losses|evals|advantage)$"
+
+
+# === The gate =====================================================================================
+@pytest.mark.parametrize(
+    ("names", "column"),
+    [
+        ([compare.ROUNDED[0], compare.EXACT[0]], "twohot_mean"),
+        ([compare.FINGER[0], compare.FINGER_EXACT], "twohot_mean"),
+        ([compare.CARTPOLE_OFFICIAL, compare.CARTPOLE_16[0]], "envs"),
+        ([compare.CARTPOLE_16_OFFICIAL, compare.CARTPOLE_16_LOSSES], "returns"),
+        ([compare.CARTPOLE_16_OFFICIAL, compare.CARTPOLE_16[0]], "other"),
+        ([compare.CARTPOLE_OFFICIAL, compare.CARTPOLE_DEFAULT], "train_ratio"),
+        ([compare.WALKER_OFFICIAL, compare.WALKER[0]], "precision"),
+        ([compare.FINGER[0], compare.WALKER[0]], "environment"),
+    ],
+)
+def test_the_gate_refuses_runs_of_different_protocols(names, column):
+    results = Results()
+    with pytest.raises(ValueError) as error:
+        results.check(names, [])
+    message = str(error.value)
+    assert column in message
+    for name in names:
+        run = results.runs([name])[0]
+        assert name in message
+        assert repr(run[column]) in message
+
+
+def test_the_gate_lets_pass_what_the_rule_tolerates():
+    results = Results()
+    names = [compare.ROUNDED[0], compare.EXACT[0]]
+    runs = results.check(names, compare.ROUNDING_TOLERATES)
+    assert [run["run"] for run in runs] == names
+
+
+def test_the_gate_refuses_a_run_without_a_row():
+    with pytest.raises(ValueError, match="no_such_run has no row in protocols.csv"):
+        Results().check([compare.FINGER[0], "no_such_run"], [])
+
+
+@pytest.mark.parametrize("column", compare.PROTOCOL)
+def test_every_column_of_a_protocol_is_compared(column):
+    (run,) = Results().runs([compare.ROUNDED[0]])
+    other = {**run, column: "another value"}
+    with pytest.raises(ValueError, match=column):
+        compare.check([run, other], [])
+    compare.check([run, other], [column])
+
+
+@pytest.fixture
+def wrong_results(tmp_path):
+    """The results with another train ratio in every row of ours."""
+    folder = tmp_path / "results"
+    shutil.copytree(RESULTS, folder)
+    results = Results(folder)
+    for row in results.rows:
+        if row["code"] == "ours":
+            row["train_ratio"] = "999"
+    return results
+
+
+@pytest.mark.parametrize(
+    "name", ["learning", "finger_spin", "cartpole_16envs", "walker_walk", "cartpole"]
+)
+def test_no_figure_has_official_curves_of_another_protocol(wrong_results, name):
+    with pytest.raises(ValueError, match="train_ratio"):
+        getattr(plot, name)(wrong_results)
+
+
+@pytest.mark.parametrize(
+    "comparison",
+    [
+        compare.compare_rounding,
+        compare.compare_cartpole_16envs,
+        compare.compare_walker,
+        compare.compare_finger,
+    ],
+)
+def test_no_table_compares_runs_of_another_protocol(wrong_results, comparison):
+    with pytest.raises(ValueError, match="train_ratio"):
+        comparison(wrong_results)
+
+
+# === Statistics ===================================================================================
+def test_the_permutation_test_counts_splits():
+    # only the observed split and its mirror image differ as much
+    three = [1, 2, 3]
+    assert compare.permutation_test(three, [11, 12, 13]) == 2 / 20
+    five = [1, 2, 3, 4, 5]
+    assert compare.permutation_test(five, [11, 12, 13, 14, 15]) == 2 / 252
+    assert compare.permutation_test(three, [3, 2, 1]) == 1
+
+
+def test_the_permutation_test_is_two_sided():
+    # differences of 1.5 for 1 against 2 and 3, 0 for 2 and 1.5 for 3
+    assert compare.permutation_test([1], [2, 3]) == 2 / 3
+    assert compare.permutation_test([3], [1, 2]) == 2 / 3
+    assert compare.permutation_test([2], [1, 3]) == 1
+
+
+def test_the_widened_range_is_three_times_as_wide():
+    low, high = compare.widened_range(np.array([[48.5, 1.0], [37.5, 3.0], [48.0, 2.0]]))
+    assert low.tolist() == [26.5, -1]
+    assert high.tolist() == [59.5, 5]
+
+
+def test_a_level_is_passed_by_the_mean_of_five_episodes():
+    steps = np.arange(100, 800, 100)
+    returns = np.array([300.0, 0, 0, 0, 0, 0, 251])
+    assert compare.first_passing(steps, returns) == 500
+    assert compare.first_passing(steps, returns, level=60) == np.inf
+    assert compare.first_passing(steps[1:], returns[1:]) == 700
+
+
+def test_means_by_steps_include_the_end_of_an_interval():
+    steps = np.array([1, 10, 11, 31])
+    means = compare.step_means(steps, np.array([1.0, 3, 5, 7]), width=10, count=4)
+    np.testing.assert_array_equal(means, [2, 5, np.nan, 7])
+
+
+def test_update_windows_average_the_records_whose_update_lies_in_them():
+    updates = np.array([1.0, 250, 250.5, 500, 800])
+    windows = compare.update_windows(updates, np.array([1.0, 2, 3, 5, 9]), count=4)
+    np.testing.assert_array_equal(windows, [1.5, 4, np.nan, 9])
+
+
+def test_the_largest_fall_is_measured_from_the_highest_value_before():
+    assert compare.largest_fall(np.array([10.0, 20, 15, 18, 30])) == 0.25
+    assert compare.largest_fall(np.array([10.0, 20, 30])) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "text", "expected"),
+    [
+        ([1.0, 2, 3], "3 of 3", "agrees"),
+        ([1.0, 2, 9], "2 of 3", "agrees"),
+        ([1.0, 8, 9], "1 of 3", "fails"),
+        ([1.0, 2, np.nan], "2 of 3, incomplete", "incomplete"),
+    ],
+)
+def test_a_verdict_needs_its_share_of_windows(values, text, expected):
+    low = np.array([0.0, 0, 0, np.nan])
+    count = compare.Count(np.array([*values, 7]), low, low + 5)
+    assert str(count) == text
+    assert compare.verdict([count], 2 / 3, "agrees", "fails") == expected
+    assert compare.verdict([count, None], 2 / 3, "agrees", "fails") == "not run yet"
+
+
+# === Comparisons with runs made up from the official ones =========================================
+def write_columns(path: Path, columns: dict) -> None:
+    """Write a CSV from its columns."""
+    extract.write(path, [list(columns), *zip(*columns.values(), strict=True)])
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The results without runs of ours, and with one official seed of finger-spin."""
+    folder = tmp_path / "results"
+    shutil.copytree(RESULTS, folder)
+    for path in folder.glob("*parity*.csv"):
+        path.unlink()
+    for path in folder.glob("official/*official_seed[23]*.csv"):
+        path.unlink()
+    return Results(folder)
+
+
+def verdict_of(text: str, statistic: str) -> str:
+    """The last cell of the row of a statistic."""
+    begin = text.index(f"\n| {statistic} |") + 1
+    row = text[begin:].splitlines()[0]
+    return row.split("|")[-2].strip()
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"),
+    [
+        (0, "p = 1.000: equal"),
+        (-100, "p = 0.008: not equal"),
+    ],
+)
+def test_evaluations_equal_to_the_official_ones_are_called_equal(copied, shift, expected):
+    statistic = "mean of the evaluations from 12,000 to 24,000 steps"
+    text = compare.compare_cartpole_16envs(copied)
+    assert verdict_of(text, statistic) == "not run yet"
+    curves = compare.official_evaluations(copied)
+    for name, (steps, returns) in zip(compare.CARTPOLE_16, curves, strict=True):
+        columns = {"global_step": steps, "return": returns + shift}
+        write_columns(copied.path(name, "_evals"), columns)
+    text = compare.compare_cartpole_16envs(copied)
+    assert verdict_of(text, statistic) == expected
+
+
+def test_losses_with_16_environments_are_compared_as_means_over_our_seeds(copied):
+    data = copied.read(compare.CARTPOLE_16_LOSSES, "_losses")
+    updates = np.arange(250, 10_001, 250)
+    borders = compare.CARTPOLE_16_BORDERS
+    window = np.searchsorted(borders, updates - 125) - 1
+    for i, name in enumerate(compare.CARTPOLE_16):
+        columns = {"updates": updates}
+        for ours, theirs in compare.CARTPOLE_16_METRICS.items():
+            means = np.append(data["mean"][data["metric"] == theirs], 0)
+            shift = 1000 * (i - 2)  # 0 in the mean over seeds
+            columns[ours] = means[window] + shift
+        columns["losses/dyn"] = columns["losses/dyn"] + 1
+        write_columns(copied.path(name, "_losses"), columns)
+    text = compare.compare_cartpole_16envs(copied)
+    assert verdict_of(text, "losses/dyn") == "fails"
+    assert verdict_of(text, "behavior/actor_entropy") == "agrees"
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [
+        (1, "in range (weak)"),
+        (2, "not in range"),
+    ],
+)
+@pytest.mark.parametrize("pause", [0, 32])
+def test_walker_returns_are_compared_by_groups_of_16(copied, factor, expected, pause):
+    groups = factor * compare.official_groups(copied)[0, :4]
+    ends = np.array([16_000, 32_016, 48_032 + pause, 64_048 + pause])
+    for name, count in zip(compare.WALKER, (64, 32), strict=True):
+        columns = {
+            "global_step": np.repeat(ends, 16)[:count],
+            "return": np.repeat(groups, 16)[:count],
+        }
+        write_columns(copied.path(name), columns)
+    text = compare.compare_walker(copied)
+    for end in ("16,016", "32,032", "48,048"):
+        statistic = f"mean return of the 16 episodes that end at {end}"
+        assert verdict_of(text, statistic) == expected
+
+
+def test_a_group_whose_episodes_end_apart_is_left_out(copied):
+    steps = np.repeat([16_000, 32_016], [15, 17])
+    columns = {"global_step": steps, "return": np.full(32, 50.0)}
+    write_columns(copied.path(compare.WALKER[0]), columns)
+    groups = compare.our_groups(copied, compare.WALKER[0])
+    assert np.isnan(groups).all()
+
+
+def test_walker_windows_are_compared_seed_by_seed(copied):
+    data = copied.read(compare.WALKER_OFFICIAL, "_losses")
+    ends = (data["env_step"] - 2048).reshape(3, 7).mean(0)
+    updates = np.arange(250, 29_001, 250)
+    window = np.minimum(np.searchsorted(ends, updates - 125), 6)
+    for seed, name in enumerate(compare.WALKER):
+        columns = {"updates": updates}
+        for ours, theirs in compare.WALKER_METRICS.items():
+            values = sum(data[key].reshape(3, 7)[seed] for key in theirs)
+            columns[ours] = values[window]
+        if seed == 1:
+            columns["losses/critic"] = 2 * columns["losses/critic"]
+        write_columns(copied.path(name, "_losses"), columns)
+    text = compare.compare_walker(copied)
+    assert verdict_of(text, "losses/dyn") == "agrees"
+    assert verdict_of(text, "losses/critic") == "fails"
+
+
+def write_finger(results, name: str, delay: int, factor: float = 1) -> None:
+    """A run on finger-spin like the official seed 1, `delay` agent steps later."""
+    official = results.read(compare.FINGER[0])
+    steps = official["global_step"]
+    returns = factor * np.interp(steps - delay, steps, official["return"])
+    write_columns(results.path(name), {"global_step": steps, "return": returns})
+    losses = results.read(compare.FINGER[0], "_losses")
+    updates = np.arange(250, 11_751, 250)
+    if results.runs([name])[0]["code"] == "official":
+        write_columns(results.path(name, "_losses"), losses)
+        return
+    columns = {"updates": updates}
+    for ours, theirs in compare.FINGER_METRICS.items():
+        columns[ours] = compare.update_windows(losses["opt_updates"], losses[theirs], 47)
+    write_columns(results.path(name, "_losses"), columns)
+    updates = np.arange(6, 2507, 50)
+    advantage = np.interp(updates - 25, losses["opt_updates"], losses["adv_mag"])
+    columns = {"updates": updates, "advantage_mag": advantage}
+    write_columns(results.path(name, "_advantage"), columns)
+
+
+@pytest.mark.parametrize(
+    ("delay", "rises", "ends"),
+    [
+        (0, "not separated", "not separated"),
+        (3000, "rounded rises earlier", "rounded ends higher"),
+    ],
+)
+def test_rounded_and_exact_are_separated_only_if_all_seeds_are(copied, delay, rises, ends):
+    for name in compare.ROUNDED:
+        write_finger(copied, name, 0)
+    for name in compare.EXACT:
+        write_finger(copied, name, delay)
+    text = compare.compare_rounding(copied)
+    passes = "agent step at which the mean of 5 episodes passes 50: rounded"
+    assert verdict_of(text, passes) == rises
+    assert verdict_of(text, "mean return of the last 10 episodes: rounded") == ends
+    for statistic in [
+        "behavior/advantage_mag",
+        "losses/critic",
+        "behavior/actor_entropy",
+        "first update after 500 with advantage_mag below 0.08",
+    ]:
+        assert verdict_of(text, statistic) == "holds"
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [
+        (1, "in range (weak)"),
+        (0.4, "not in range"),
+    ],
+)
+def test_finger_spin_is_compared_with_three_official_seeds(copied, factor, expected):
+    text = compare.compare_finger(copied)
+    assert verdict_of(text, "returns and update windows") == "not run yet"
+    for name, other in zip(compare.FINGER[1:], (0.9, 1.1), strict=True):
+        write_finger(copied, name, 0, other)
+    for name in compare.ROUNDED:
+        write_finger(copied, name, 0, factor)
+    text = compare.compare_finger(copied)
+    assert verdict_of(text, "mean returns by 2,500 agent steps") == expected
+    assert verdict_of(text, "losses/critic") == "agrees"
+
+
+# === Extraction ===================================================================================
+def write_events(folder: Path, begin: int, records: list[tuple[int, float]]) -> None:
+    """An event file of the program: (updates, value) of each record, the first after `begin`."""
+    start = time.time()
+    writer = SummaryWriter(folder)
+    for i, (updates, value) in enumerate(records):
+        now = start + 1000 * (i + 1)
+        step = 1000 + 2 * updates
+        scalars = {
+            "losses/reward": value,
+            "behavior/advantage_mag": value / 10,
+            "charts/updates": updates,
+            "charts/updates_per_second": (updates - begin) / 1000,
+        }
+        for name, scalar in scalars.items():
+            writer.add_scalar(name, scalar, step, walltime=now)
+    writer.close()
+
+
+def numbers(path: Path) -> list[list[float]]:
+    """The rows of a CSV without its header."""
+    rows = path.read_text().splitlines()[1:]
+    return [[float(value) for value in row.split(",")] for row in rows]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder without events."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rows = ["global_step,frames,return,length,seconds"]
+    rows.append("500,1000,2,500,1.4")
+    rows.append("1001,2002,0.5,500,3.0\n")
+    (folder / "episodes.csv").write_text("\n".join(rows))
+    return folder
+
+
+def test_windows_weigh_records_by_their_updates(run, tmp_path):
+    write_events(run, 0, [(100, 1.0), (200, 2.0), (300, 3.0), (600, 4.0)])
+    extract.extract(run, "name", tmp_path)
+    header = (tmp_path / "name_losses.csv").read_text().splitlines()[0]
+    assert header == "updates,global_step,behavior/advantage_mag,losses/reward"
+    # (100 * 1 + 100 * 2 + 50 * 3) / 250 = 1.8 and (50 * 3 + 200 * 4) / 250 = 3.8; 501 to 600 is
+    # not complete
+    rows = numbers(tmp_path / "name_losses.csv")
+    np.testing.assert_allclose(rows[0], [250, 1500, 0.18, 1.8])
+    np.testing.assert_allclose(rows[1], [500, 2000, 0.38, 3.8])
+    assert len(rows) == 2
+    episodes = (run / "episodes.csv").read_text()
+    assert (tmp_path / "name.csv").read_text() == episodes
+    assert not (tmp_path / "name_evals.csv").exists()
+    assert not (tmp_path / "name_advantage.csv").exists()
+
+
+def test_updates_that_are_made_again_after_a_kill_count_once(run, tmp_path):
+    write_events(run, 0, [(100, 1.0), (200, 2.0), (300, 3.0), (400, 4.0)])
+    write_events(run, 150, [(250, 7.0), (500, 8.0)])
+    extract.extract(run, "name", tmp_path)
+    # (100 * 1 + 50 * 2 + 100 * 7) / 250 = 3.6
+    rows = numbers(tmp_path / "name_losses.csv")
+    np.testing.assert_allclose(rows[0], [250, 1500, 0.36, 3.6])
+    np.testing.assert_allclose(rows[1], [500, 2000, 0.8, 8])
+
+
+def test_updates_without_a_record_are_left_out(run, tmp_path):
+    write_events(run, 0, [(100, 1.0)])
+    write_events(run, 150, [(250, 7.0)])
+    extract.extract(run, "name", tmp_path)
+    # (100 * 1 + 100 * 7) / 200 = 4
+    rows = numbers(tmp_path / "name_losses.csv")
+    np.testing.assert_allclose(rows, [[250, 1500, 0.4, 4]])
+
+
+def test_evaluations_have_the_updates_made_until_then(run, tmp_path):
+    write_events(run, 0, [(100, 1.0), (300, 2.0)])
+    writer = SummaryWriter(run)
+    for step, value in ((800, 10), (1200, 20), (1600, 30)):
+        writer.add_scalar("eval/episodic_return", value, step)
+    writer.close()
+    extract.extract(run, "name", tmp_path)
+    rows = numbers(tmp_path / "name_evals.csv")
+    assert rows == [[800, 0, 10], [1200, 100, 20], [1600, 300, 30]]
+
+
+def test_first_updates_are_written_as_they_were_recorded(run, tmp_path):
+    write_events(run, 0, [(6, 1.0), (56, 2.0), (2506, 3.0), (2556, 4.0)])
+    extract.extract(run, "name", tmp_path, advantage=True)
+    rows = numbers(tmp_path / "name_advantage.csv")
+    expected = [[6, 1012, 0.1], [56, 1112, 0.2], [2506, 6012, 0.3]]
+    np.testing.assert_allclose(rows, expected)
+
+
+def test_episodes_of_steps_that_were_made_again_count_once(run, tmp_path):
+    with open(run / "episodes.csv", "a") as file:
+        file.write("1502,3004,9,500,5.0\n")
+        file.write("1400,2800,3,399,6.0\n")
+        file.write("1901,3802,4,500,7.0\n")
+    write_events(run, 0, [(250, 1.0)])
+    extract.extract(run, "name", tmp_path)
+    steps = [row[0] for row in numbers(tmp_path / "name.csv")]
+    assert steps == [500, 1001, 1400, 1901]
+
+
+def test_minutes_of_the_official_code_get_the_columns_of_its_first_run(run, tmp_path):
+    path = RESULTS / "official" / "finger-spin__official_seed1_losses.csv"
+    columns = path.read_text().splitlines()[0].split(",")
+    lines = [json.dumps({"step": 501, "episode/score": 4.0})]
+    # the last minute follows a checkpoint before step 1,300
+    for step in (1200, 1300, 1250):
+        metrics = {"step": step}
+        for name in columns[1:]:
+            key = name.replace("_", "/", 1)
+            metrics[f"train/{key}"] = step / 100
+        lines.append(json.dumps(metrics))
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    extract.extract_official(run, "name", tmp_path)
+    rows = numbers(tmp_path / "name_losses.csv")
+    assert rows == [[1200, *[12] * 25], [1250, *[12.5] * 25]]
+    assert len(numbers(tmp_path / "name.csv")) == 2
+
+
+# === Files and pages ==============================================================================
+def test_every_csv_has_a_row_in_protocols():
+    results = Results()
+    places = {"ours": RESULTS, "official": RESULTS / "official"}
+    for row in results.rows:
+        assert row["code"] in places
+    for code, folder in places.items():
+        known = {row["run"] for row in results.rows if row["code"] == code}
+        for path in folder.glob("*.csv"):
+            stem = re.sub(SUFFIX, "", path.stem)
+            assert stem in known | {"protocols"}
+
+
+def test_every_run_that_took_hours_has_its_files():
+    results = Results()
+    for row in results.rows:
+        if row["code"] == "ours" and row["hours"]:
+            assert results.path(row["run"]).exists(), row["run"]
+            assert row["commit"], row["run"]
+
+
+def test_every_run_of_ours_with_a_file_has_hours_and_a_commit():
+    results = Results()
+    for row in results.rows:
+        path = results.path(row["run"])
+        if row["code"] == "ours" and path.exists():
+            assert row["hours"], row["run"]
+            assert row["commit"], row["run"]
+
+
+def test_no_run_has_two_rows():
+    rows = Results().rows
+    keys = [(row["run"], row["seed"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+
+
+def test_logs_of_ours_are_logs_of_the_program():
+    for path in RESULTS.glob("*.csv"):
+        if path.stem != "protocols" and not re.search(SUFFIX, path.stem):
+            header = path.read_text().splitlines()[0]
+            assert header == "global_step,frames,return,length,seconds"
+
+
+def test_the_tables_of_the_results_are_those_that_are_printed():
+    page = (RESULTS / "results.md").read_text()
+    text = compare.compare(Results())
+    for line in text.splitlines():
+        assert line in page, "results.md lacks what compare.py prints"
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("results.md", 14_000),
+        ("rounding.md", 4096),
+    ],
+)
+def test_a_page_is_short_enough_to_be_finished(name, limit):
+    assert (RESULTS / name).stat().st_size <= limit
+
+
+def figures(page: Path) -> set[Path]:
+    """The pictures that a page shows."""
+    names = re.findall(r"!\[[^]]*\]\(([^)]+\.png)\)", page.read_text())
+    return {(page.parent / name).resolve() for name in names}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_figure_of_a_page_exists(page):
+    for path in figures(page):
+        assert path.exists(), path.name
+
+
+def test_every_figure_is_shown_on_a_page():
+    shown = set().union(*(figures(page) for page in PAGES))
+    assert {path.resolve() for path in RESULTS.glob("*.png")} <= shown
+
+
+def test_figures_are_drawn_from_the_committed_numbers(tmp_path):
+    plot.draw(Results(), tmp_path)
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    committed = {path.name for path in RESULTS.glob("*.png")}
+    assert drawn <= committed
+    assert committed - drawn <= {"Boxing_dream.png", "parity.png"}
+
+
+def test_a_figure_of_runs_that_do_not_exist_is_not_drawn(copied, tmp_path):
+    for path in copied.folder.glob("*demo*.csv"):
+        path.unlink()
+    plot.draw(copied, tmp_path)
+    assert not (tmp_path / "demo.png").exists()
+    assert (tmp_path / "learning.png").exists()
+
+
+def test_every_link_of_a_page_leads_to_a_file():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^):#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
