@@ -1490,6 +1490,7 @@ class Run:
         stored = self.replay.now * self.all_envs
         if stored > self.step:
             print(f"{stored - self.step:,} steps were stored after the checkpoint; they are kept")
+            self.seed += stored - self.step  # not the same episodes once more
         missing = self.args.learning_starts - stored
         if missing > 0:  # it was not kept
             print(f"collecting {missing:,} steps before the next update")

@@ -2,7 +2,7 @@
 
 pytest -k closed_form    equations against numbers of a pocket calculator, in seconds
 pytest -k golden         numbers of the official code; GOLDEN_DIR: a folder of other files
-pytest -m "not slow"     without what waits for a compiler
+pytest -m slow           what the default leaves out: minutes of compiling, twenty kills of a run
 """
 
 import ast
@@ -1113,7 +1113,7 @@ def mean_function(mean: str, compiled: bool):
 
 eager_and_compiled = pytest.mark.parametrize(
     "compiled",
-    [False, pytest.param(True, marks=pytest.mark.slow)],
+    [False, True],
     ids=["eager", "compiled"],
 )
 
@@ -2603,12 +2603,6 @@ def test_action_repeat_stops_at_the_end_of_an_episode():
 README = (ROOT / "README.md").read_text()
 CSV_HEADER = "global_step,frames,return,length,seconds\n"
 
-# tests that another one covers in less time
-SLOW = [
-    pytest.mark.slow,
-    pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes, set SLOW=1"),
-]
-
 
 class Everything(gym.Env):
     """Every kind of space, nested. Ends by truncation after five steps."""
@@ -3152,7 +3146,7 @@ def live_and_die(cwd: Path, kills: int) -> tuple[Path, list[Life]]:
 
 @pytest.fixture(
     scope="module",
-    params=[1, pytest.param(20, marks=SLOW)],
+    params=[1, pytest.param(20, marks=pytest.mark.slow)],
     ids=["killed once", "killed 20 times"],
 )
 def killed(request, tmp_path_factory) -> SimpleNamespace:
@@ -4309,6 +4303,17 @@ def test_the_snippet_of_the_speed_page_times_an_update(program, capsys):
     with program.inside():
         exec(code, {})
     assert re.search(r"^\d+\.\d after \d\.\d+ s$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("part", ["update", "training", "filter", "optimizer"])
+def test_the_benchmark_runs_on_a_cpu(part, program, monkeypatch, capsys):
+    """Its parts for a GPU are the same functions, captured."""
+    bench = importlib.import_module("bench")
+    flags = as_flags({"size": "1m", "compile": False, "batch_size": 2, "batch_length": 4})
+    monkeypatch.setattr(sys, "argv", ["bench.py", part, "--repeats", "1", *flags])
+    with program.inside():
+        bench.main()
+    assert re.search(r"^\S.* +\d+\.\d\d ms", capsys.readouterr().out, re.MULTILINE)
 
 
 RESULTS = ROOT / "results"

@@ -364,10 +364,13 @@ def advantage_falls(results: Results, run: str) -> float | None:
     return float((begins[first] + records["updates"][first]) / 2)
 
 
-def passing_and_end(results: Results, run: str, until: float = math.inf) -> tuple:
-    """The step at which the mean of 5 episodes passes 50, and the mean of the last 10 episodes."""
+def passing_and_end(
+    results: Results, run: str, until: float = math.inf, least: float = 24_000
+) -> tuple:
+    """The step at which the mean of 5 episodes passes 50, and the mean of the last 10 episodes;
+    None for a run that has not come to `least` agent steps."""
     episodes = results.read(run)
-    if episodes is None:
+    if episodes is None or episodes["global_step"][-1] < least:
         return None, None
     inside = episodes["global_step"] <= until
     steps = episodes["global_step"][inside]
@@ -380,7 +383,7 @@ def ablation_returns(results: Results) -> list[list]:
     rounded = [passing_and_end(results, run) for run in ROUNDED]
     exact = [passing_and_end(results, run) for run in EXACT]
     official = passing_and_end(results, FINGER[0])
-    crossed = passing_and_end(results, FINGER_EXACT)
+    crossed = passing_and_end(results, FINGER_EXACT, least=14_500)
     rises = [[run[0] for run in rounded], [run[0] for run in exact]]
     ends = [[run[1] for run in rounded], [run[1] for run in exact]]
     earlier = MISSING
