@@ -717,6 +717,7 @@ def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.de
 
 def main(args: Args) -> None:
     """Train: act, store, step, learn, log and save, evaluate."""
+    args = copy.copy(args)  # in which `auto` flags are resolved
     device = set_up_torch(args)
     # when the block ends, also by an exception or a signal, a checkpoint is saved
     with Run(args) as run, make_envs(args, run) as envs, Log(args, run) as log:
@@ -797,6 +798,7 @@ OLD_GYM = (
     "in Gymnasium reset returns (observation, info) and step (observation, reward, terminated, "
     "truncated, info); examples/crafter_env.py translates an environment of the old Gym"
 )
+OLD_GYM_ERRORS = ("values to unpack", "reset() got an unexpected keyword argument 'seed'")
 
 
 def find_spec(env_id: str) -> EnvSpec:
@@ -845,44 +847,65 @@ def make_env(
     lives, stickiness as the id says. Raises what importing, registering and constructing raise,
     and ValueError for spaces that are not supported.
     """
-    if multiprocessing.parent_process():
-        become_worker()
-    env_kwargs = dict(env_kwargs or {})
     with foreign_code():
         spec = env_id if isinstance(env_id, EnvSpec) else find_spec(env_id)
-        repeat = action_repeat or 1
-        atari = is_atari(spec, env_kwargs)
+        options = dict(env_kwargs or {})
+        atari = is_atari(spec, options)
+        repeat = action_repeat or (4 if atari else 1)
+        gray = {**spec.kwargs, **options}.get("obs_type") == "grayscale"
         if atari:
-            repeat = action_repeat or 4
-            env_kwargs["frameskip"] = 1
-        make = partial(gym.make, spec, disable_env_checker=True, **env_kwargs)
-        if videos:
-            try:
-                import_module("moviepy")
-                env = Frames(make(render_mode="rgb_array"))
-            except Exception as error:
-                install = 'pip install "gymnasium[other]" brings what videos need'
-                print(
-                    f"warning: no videos, {type(error).__name__}: {error} ({install})", flush=True
+            if "frameskip" in options:
+                raise ValueError("the frame skip of Atari is --action-repeat")
+            options["frameskip"] = 1
+        env = make_to_render(spec, options) if videos else None
+        can_render = env is not None
+        if not can_render:
+            env = gym.make(spec, disable_env_checker=True, **options)
+        try:
+            env = gym.wrappers.TransformReward(env, scalar_reward)
+            if atari:
+                env = gym.wrappers.AtariPreprocessing(
+                    env,
+                    noop_max=30,
+                    frame_skip=repeat,
+                    screen_size=image_size,
+                    grayscale_obs=gray,
+                    grayscale_newaxis=True,
                 )
-                videos = None
-        if not videos:
-            env = make()
+            elif repeat > 1:
+                env = gym.wrappers.RepeatAction(env, repeat)
+            if can_render:
+                env = record(env, videos, repeat, every_episode)
+            return Adapter(env, image_size, repeat)
+        except Exception:
+            env.close()
+            raise
 
-        env = gym.wrappers.TransformReward(env, scalar_reward)
-        if atari:
-            env = gym.wrappers.AtariPreprocessing(
-                env,
-                noop_max=30,
-                frame_skip=repeat,
-                screen_size=image_size,
-                grayscale_obs=False,
-            )
-        elif repeat > 1:
-            env = gym.wrappers.RepeatAction(env, repeat)
-        if videos:
-            env = Recorder(env, videos, repeat, every_episode)
-        return Adapter(env, image_size, repeat)
+
+def make_to_render(spec: EnvSpec, options: dict) -> gym.Env | None:
+    """The environment with frames for videos; None, and a warning, where it has none."""
+    options = {**options, "render_mode": "rgb_array"}
+    try:
+        import_module("moviepy")
+        return Frames(gym.make(spec, disable_env_checker=True, **options))
+    except Exception as error:
+        warn_of_no_videos(error)
+    return None
+
+
+def record(env: gym.Env, videos: Path, repeat: int, every_episode: bool) -> gym.Env:
+    """The environment with a Recorder; without one, and with a warning, where that fails."""
+    try:
+        return Recorder(env, videos, repeat, every_episode)
+    except Exception as error:  # no folder, a strange render_fps
+        warn_of_no_videos(error)
+    return env
+
+
+def warn_of_no_videos(error: Exception) -> None:
+    """In one line."""
+    install = 'pip install "gymnasium[other]" brings what videos need'
+    print(f"warning: no videos, {type(error).__name__}: {error} ({install})", flush=True)
 
 
 @contextmanager
@@ -894,7 +917,7 @@ def make_envs(args: Args, run: "Run"):
     flags = f"--env-id {args.env_id}"
     if args.env_kwargs != "{}":
         flags = f"{flags} --env-kwargs {args.env_kwargs}"
-    with blame(f"{flags} cannot be made"):
+    with blame(f"{flags} cannot be made"), foreign_code():
         # workers get the spec: a user's script may have registered the id
         spec = find_spec(args.env_id)
         kwargs = json.loads(args.env_kwargs)
@@ -903,26 +926,27 @@ def make_envs(args: Args, run: "Run"):
         if args.num_envs == 1:
             envs = gym.vector.SyncVectorEnv(makers)
         else:
-            envs = start_workers(makers)
-    mode = envs.metadata["autoreset_mode"]
-    assert mode == gym.vector.AutoresetMode.NEXT_STEP, "see the time line at the top"
-
-    args.action_repeat = envs.get_attr("repeat")[0]
-    specs = envs.get_attr("specs")[0]
-    action = envs.get_attr("action_spec")[0]
-    print(f"environment: {args.env_id}, {specs} -> {action}")
-    for note in envs.get_attr("notes")[0]:
-        print(f"note: {note}")
+            envs = start_workers(makers, run.seed)
     try:
+        mode = envs.metadata["autoreset_mode"]
+        assert mode == gym.vector.AutoresetMode.NEXT_STEP, "see the time line at the top"
+        args.action_repeat = envs.get_attr("repeat")[0]
+        specs = envs.get_attr("specs")[0]
+        action = envs.get_attr("action_spec")[0]
+        print(f"environment: {args.env_id}, {specs} -> {action}")
+        for note in envs.get_attr("notes")[0]:
+            print(f"note: {note}")
         yield envs
     finally:
         with suppress(Exception):  # what has failed once may fail again
             envs.close(timeout=10)
 
 
-def start_workers(makers: list) -> gym.vector.AsyncVectorEnv:
+def start_workers(makers: list, seed: int) -> gym.vector.AsyncVectorEnv:
     """One process for each environment. They are forked from a server that has imported the large
     packages and has no threads: an environment that computes with torch or JAX survives that."""
+    program = os.getpid()
+    makers = [partial(make_in_worker, x, program, seed + i) for i, x in enumerate(makers)]
     method = "spawn"
     if "forkserver" in multiprocessing.get_all_start_methods():
         method = "forkserver"
@@ -938,6 +962,22 @@ def start_workers(makers: list) -> gym.vector.AsyncVectorEnv:
         sys.modules["__main__"] = script
 
 
+def make_in_worker(make, program: int, seed: int) -> "Adapter":
+    """An environment in a worker, which has random numbers of its own. AsyncVectorEnv makes the
+    first one in the program too, to ask for its spaces."""
+    if os.getpid() != program:
+        become_worker()
+        seed_all(seed)
+    return make()
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def become_worker() -> None:
     """Let Ctrl-C, which signals a process group, reach the training process alone; end with it."""
     if hasattr(os, "setpgid"):
@@ -951,23 +991,32 @@ def become_worker() -> None:
 
 
 @contextmanager
-def foreign_code():
-    """Around code that is not ours: what it does to torch's random state is undone, and in a worker
-    its exceptions become ones that can be sent to the training process."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+def foreign_code(generator: torch.Generator | None = None):
+    """Around code that is not ours: it draws torch's random numbers from this generator, and ours
+    go on as if it had drawn none. In a worker its exceptions become ones that can be sent to the
+    training process."""
+    in_worker = multiprocessing.parent_process() is not None
+    cuda = torch.cuda.is_initialized() and not in_worker  # a worker has no numbers of ours
+    devices = [torch.cuda.current_device()] if cuda else []
     try:
         with torch.random.fork_rng(devices):
+            if generator:
+                torch.set_rng_state(generator.get_state())
             yield
+            if generator:
+                generator.set_state(torch.get_rng_state())
     except Exception as error:
-        if isinstance(error, ValueError) and "values to unpack" in str(error):
+        if any(text in str(error) for text in OLD_GYM_ERRORS):
             raise ValueError(f"{error} ({OLD_GYM})") from error
-        if multiprocessing.parent_process():
+        if in_worker:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         raise
 
 
 def scalar_reward(reward) -> float:
     """A reward of one element, of whatever shape and type, as a float."""
+    if isinstance(reward, Tensor):
+        reward = reward.detach().cpu()
     try:
         value = float(np.asarray(reward, np.float64).reshape(()))
     except (TypeError, ValueError):
@@ -1115,6 +1164,7 @@ class Adapter(gym.Wrapper):
     def __init__(self, env: gym.Env, image_size: int, repeat: int = 1):
         super().__init__(env)
         self.repeat = repeat
+        self.generator = torch.Generator()  # of the environment
         self.episode_return = 0.0
         self.episode_length = 0
         self.specs = {}
@@ -1154,7 +1204,9 @@ class Adapter(gym.Wrapper):
 
     def reset(self, **options):
         """As Gymnasium's, but without info."""
-        with foreign_code():
+        if options.get("seed") is not None:
+            self.generator.manual_seed(options["seed"] + 1)  # other numbers than the agent's
+        with foreign_code(self.generator):
             result = self.env.reset(**options)
         if not isinstance(result, tuple) or len(result) != 2:
             raise ValueError(OLD_GYM)
@@ -1164,7 +1216,7 @@ class Adapter(gym.Wrapper):
 
     def step(self, action: np.ndarray):
         """As Gymnasium's, for an action (components,) or (A,)."""
-        with foreign_code():
+        with foreign_code(self.generator):
             result = self.env.step(self.inner_action(action))
         obs, reward, terminated, truncated, _ = result
         self.episode_return += reward
@@ -1174,6 +1226,11 @@ class Adapter(gym.Wrapper):
             info["episode_return"] = self.episode_return
             info["episode_length"] = self.episode_length
         return self.observation(obs), reward, terminated, truncated, info
+
+    def close(self) -> None:
+        """As Gymnasium's."""
+        with foreign_code(self.generator):
+            super().close()
 
     def inner_action(self, action: np.ndarray):
         """An action as the wrapped environment takes it."""
@@ -1358,10 +1415,7 @@ def set_up_torch(args: Args) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 in convolutions too
     torch.backends.cudnn.deterministic = args.torch_deterministic
     use_compiler(args.compile, device)
-    seed = args.seed + 1000 * rank
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_all(args.seed + 1000 * rank)
     return device
 
 
@@ -1663,7 +1717,8 @@ class Log:
         try:
             returns = evaluate(agent, args, args.eval_episodes, args.seed + run.step, videos, run)
         except UserError as error:
-            tqdm.write(f"warning: {error}; training goes on without it")
+            message = " ".join(str(error).split())
+            tqdm.write(f"warning: {message}; training goes on without it")
             return
         if returns:
             self.record({"eval/episodic_return": np.mean(returns)})
@@ -1705,10 +1760,10 @@ def lock_folder(folder: Path, args: Args) -> FileLock:
         if not args.resume:
             folder.mkdir(parents=True, exist_ok=dist.is_initialized())
         lock = FileLock(folder / "lock")
-        try:
+        with suppress(Timeout):
             lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError("another process trains this run; end it first") from None
+    if not lock.is_locked:
+        raise UserError(f"another process trains the run {folder}; end it first")
     return lock
 
 
@@ -1848,7 +1903,8 @@ def evaluate(
     the agent nor torch's random state. Raises UserError when the environment cannot be made."""
     device = agent.return_norm.lo.device
     cuda = [device] if device.type == "cuda" else []
-    with blame(f"an evaluation needs an environment of its own, {args.env_id} cannot be made"):
+    needs = f"an evaluation needs an environment of its own, {args.env_id} cannot be made"
+    with blame(needs):
         kwargs = json.loads(args.env_kwargs)
         env = make_env(args.env_id, args.image_size, args.action_repeat, kwargs, videos, True)
     mode = args.eval_action == "mode"
@@ -1856,7 +1912,8 @@ def evaluate(
     steps = 0
     with closing(env), torch.random.fork_rng(cuda):
         torch.manual_seed(seed)
-        obs, _ = env.reset(seed=seed)
+        with blame(needs):  # some begin here
+            obs, _ = env.reset(seed=seed)
         state = agent.rssm.initial(1)
         is_first = True
         while len(returns) < episodes and not (run and run.stopped):

@@ -80,6 +80,7 @@ gym.register("DreamerShort-v0", Short)
 ACT_ONLY = {
     "size": "1m",
     "compile": False,
+    "batch_size": 2,
     "batch_length": 8,
     "learning_starts": 20,
     "total_timesteps": 20,
@@ -87,7 +88,7 @@ ACT_ONLY = {
 
 
 def register(environment) -> str:
-    """An id for this class or function, or for an instance of Short with other methods."""
+    """An id for this class or function."""
     env_id = f"Dreamer{environment.__name__}-v0"
     gym.registry.pop(env_id, None)
     gym.register(env_id, environment)
@@ -104,7 +105,7 @@ def test_a_run_that_another_process_trains_is_not_resumed(program, finished):
     with FileLock(finished / "lock"):
         assert program.call(resume=finished) == 2
     error = program.err.strip()
-    assert error == "dreamerv3.py: error: another process trains this run; end it first"
+    assert error == f"dreamerv3.py: error: another process trains the run {finished}; end it first"
 
 
 def test_a_checkpoint_file_in_a_folder_that_another_process_trains_is_not_resumed(
@@ -168,8 +169,9 @@ def doubled(tmp_path_factory) -> SimpleNamespace:
     """A run with two workers; `second`, a process that wants to resume it meanwhile; `workers`, the
     first one's processes before it was killed."""
     cwd = tmp_path_factory.mktemp("doubled")
-    flags = dict(QUICK, env_id="CartPole-v1", num_envs=2, total_timesteps=100_000)
-    first = start_process(cwd, **flags, checkpoint_frequency=10)
+    flags = dict(QUICK, env_id="CartPole-v1", num_envs=2, total_timesteps=1_000_000)
+    flags.update(learning_starts=1_000_000, buffer_size=1000, checkpoint_frequency=100)
+    first = start_process(cwd, **flags)
     try:
         read_until(first, "run folder")
         (folder,) = cwd.glob("runs/*")
@@ -191,7 +193,7 @@ def test_a_second_process_on_a_run_folder_exits_with_status_2(doubled):
 
 def test_a_second_process_on_a_run_folder_prints_one_line(doubled):
     assert doubled.second.stderr.count("\n") == 1
-    assert "another process trains this run" in doubled.second.stderr
+    assert "another process trains the run" in doubled.second.stderr
 
 
 def test_a_killed_process_leaves_no_lock(doubled):
@@ -249,71 +251,86 @@ def test_an_environment_may_change_the_current_folder(where, program, tmp_path):
     assert not list(elsewhere.iterdir())
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A run whose environment draws no random numbers and seeds nothing."""
+    return act(Program(tmp_path_factory.mktemp("undisturbed")), env_id="DreamerShort-v0")
+
+
 @pytest.mark.parametrize("where", WHERE)
-def test_the_noise_of_the_agent_does_not_depend_on_the_seed_of_an_environment(where, program):
+def test_the_noise_of_the_agent_does_not_depend_on_the_seed_of_an_environment(
+    where, program, undisturbed
+):
     env_id = meddling(where, lambda: torch.manual_seed(0))
-    plain = act(program, env_id="DreamerShort-v0", exp_name="plain", capture_video=True)
-    other = act(program, env_id=env_id, exp_name="other", capture_video=True)
-    assert np.array_equal(stored(other, "action"), stored(plain, "action"))
-    assert torch.equal(saved(other)["torch_rng"], saved(plain)["torch_rng"])
+    folder = act(program, env_id=env_id, capture_video=where == "render")
+    assert np.array_equal(stored(folder, "action"), stored(undisturbed, "action"))
+    assert torch.equal(saved(folder)["torch_rng"], saved(undisturbed)["torch_rng"])
 
 
-def test_the_noise_of_the_agent_does_not_depend_on_the_seed_of_a_module(program, monkeypatch):
+def test_the_noise_of_the_agent_does_not_depend_on_the_seed_of_a_module(
+    program, undisturbed, monkeypatch
+):
     """--env-id module:Id imports it."""
     (program.folder / "seeding.py").write_text("import torch\ntorch.manual_seed(0)\n")
     monkeypatch.syspath_prepend(program.folder)
-    plain = act(program, env_id="DreamerShort-v0")
-    other = act(program, env_id="seeding:DreamerShort-v0")
-    assert np.array_equal(stored(other, "action"), stored(plain, "action"))
+    folder = act(program, env_id="seeding:DreamerShort-v0")
+    assert np.array_equal(stored(folder, "action"), stored(undisturbed, "action"))
 
 
-class Noisy(Short):
-    """Its observations are random numbers of the process: of torch, NumPy and Python."""
+# observations are random numbers of the process: of torch, NumPy and Python; computes with threads
+NOISY = """
+import random
+import gymnasium as gym
+import numpy as np
+import torch
 
-    observation_space = spaces.Box(0, 1, (3,))
+class Noisy(gym.Env):
+    observation_space = gym.spaces.Box(0, 1, (3,))
+    action_space = gym.spaces.Discrete(2)
 
     def __init__(self):
-        torch.set_num_threads(2)  # a computation with threads does not survive a fork
-        torch.ones(512, 512) @ torch.ones(512, 512)
+        torch.set_num_threads(2)
+        self.noise()
 
-    def noise(self) -> np.ndarray:
+    def noise(self):
         torch.ones(512, 512) @ torch.ones(512, 512)
-        return np.array([torch.rand(()).item(), np.random.rand(), rng_of_python()], np.float32)
+        numbers = [torch.rand(()).item(), np.random.rand(), random.random()]
+        return np.array(numbers, np.float32)
 
-    def reset(self, **options):
-        super().reset(**options)
+    def reset(self, seed=None, options=None):
         return self.noise(), {}
 
     def step(self, action):
-        _, *rest = super().step(action)
-        return self.noise(), *rest
+        return self.noise(), 0.0, False, False, {}
 
-
-def rng_of_python() -> float:
-    """One of Python's random numbers."""
-    import random
-
-    return random.random()
-
-
-gym.register("DreamerNoisy-v0", Noisy)
+gym.register("Noisy-v0", Noisy)
+"""
 
 
 @pytest.fixture(scope="module")
 def noises(tmp_path_factory):
     """Observations (environments, steps, 3) of Noisy in one process, and in two workers twice."""
     program = Program(tmp_path_factory.mktemp("noises"))
+    (program.folder / "noisy.py").write_text(NOISY)
     threads = torch.get_num_threads()
     observations = []
-    for i, num_envs in enumerate([1, 2, 2]):
-        folder = act(program, env_id="DreamerNoisy-v0", num_envs=num_envs, exp_name=f"{i}")
-        observations.append(stored(folder, "obs.obs"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(program.folder)
+        for i, num_envs in enumerate([1, 2, 2]):
+            folder = act(program, env_id="noisy:Noisy-v0", num_envs=num_envs, exp_name=f"{i}")
+            steps = 20 // num_envs
+            observations.append(stored(folder, "obs.obs")[:, :steps])
     torch.set_num_threads(threads)
     return observations
 
 
 def test_random_numbers_of_an_environment_go_on_from_step_to_step(noises):
     assert all(len(np.unique(x)) == x.size for x in noises)
+
+
+def test_random_numbers_of_an_environment_are_not_those_of_the_agent(noises):
+    torch.manual_seed(1)
+    assert not set(noises[0][0, :, 0]) & set(torch.rand(100_000).tolist())
 
 
 def test_random_numbers_of_workers_follow_from_the_seed(noises):
@@ -372,22 +389,13 @@ def test_workers_do_not_run_the_script_again(scripted):
     assert scripted.out.count("\nend ") == 1
 
 
-def test_main_in_a_process_of_its_own_stays_in_the_process_group(program):
-    """Ctrl-C must reach it: it is no worker, though it has a parent."""
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-
-    def sweep() -> None:
-        with program.inside():
-            with open(os.devnull, "w") as sys.stdout:
-                make = dreamerv3.make_env
-                make("DreamerShort-v0")
-        queue.put(os.getpgid(0))
-
-    process = context.Process(target=sweep)
-    process.start()
-    process.join()
-    assert queue.get() == os.getpgid(0)
+def test_only_a_worker_leaves_the_process_group(monkeypatch):
+    """Ctrl-C must reach a program that is itself a process of multiprocessing."""
+    become_worker = Mock()
+    monkeypatch.setattr(multiprocessing, "parent_process", Mock())
+    monkeypatch.setattr(dreamerv3, "become_worker", become_worker)
+    dreamerv3.make_env("DreamerShort-v0")
+    assert not become_worker.called
 
 
 # --- looking through a user's wrappers
@@ -474,8 +482,11 @@ INFOS = {
 }
 
 
-@pytest.mark.parametrize("name", ["episode", "_episode", "episode_return", "_episode_return"])
-@pytest.mark.parametrize("kind", INFOS)
+@pytest.mark.parametrize(
+    "name, kind",
+    [("episode", kind) for kind in INFOS]
+    + [("episode_return", "a text"), ("_episode", "a counter"), ("_episode_return", "nothing")],
+)
 def test_an_environment_may_use_any_info(name, kind, program):
     class Informing(Short):
         def step(self, action):
@@ -641,7 +652,7 @@ def in_folder(tmp_path, monkeypatch) -> Path:
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
-def interrupting(number: int, process: bool = True) -> str:
+def interrupting(number: int) -> str:
     """The id of an environment in whose tenth step this process gets a signal."""
 
     class Interrupting(Short):
@@ -714,7 +725,7 @@ def test_an_update_that_the_same_ctrl_c_breaks_is_a_stop(in_folder, monkeypatch)
         dreamerv3.main(Args(**QUICK, env_id="DreamerShort-v0", total_timesteps=60))
     assert stop.value.code == 130
     (folder,) = in_folder.glob("runs/*")
-    assert saved(folder)["step"] == 40
+    assert saved(folder)["step"] == 42
 
 
 def test_main_runs_in_a_thread(in_folder):
@@ -743,7 +754,8 @@ class Once(Short):
 
     def __init__(self, render_mode: str | None = None):
         super().__init__(render_mode)
-        assert Once.instances == 0, "port 2000 is in use"
+        if Once.instances > 0:
+            raise ConnectionError("port 2000\nis in use")
         Once.instances += 1
 
     def close(self):
@@ -756,7 +768,8 @@ class OnceFromReset(Short):
     owner = None
 
     def reset(self, **options):
-        assert OnceFromReset.owner in (None, self), "port 2000 is in use"
+        if OnceFromReset.owner not in (None, self):
+            raise ConnectionError("port 2000\nis in use")
         OnceFromReset.owner = self
         return super().reset(**options)
 
@@ -783,7 +796,7 @@ def test_an_agent_is_loaded_without_an_environment(program, monkeypatch):
     monkeypatch.setattr(dreamerv3, "make_env", None)
     with program.inside():
         agent, _ = dreamerv3.load_agent(folder)
-    assert agent.specs == {"obs": (((1,)), 0)} or agent.specs["obs"].shape == (1,)
+    assert agent.specs["obs"].shape == (1,)
 
 
 @pytest.mark.parametrize("environment", [Once, OnceFromReset])
@@ -995,7 +1008,7 @@ def test_a_machine_without_forkserver_spawns_its_workers(monkeypatch):
     vector_env = Mock()
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     monkeypatch.setattr(gym.vector, "AsyncVectorEnv", vector_env)
-    dreamerv3.start_workers([])
+    dreamerv3.start_workers([], seed=1)
     assert vector_env.call_args.kwargs["context"] == "spawn"
 
 
@@ -1123,10 +1136,10 @@ class OldSeed(Short):
 
 
 @pytest.mark.parametrize("environment", [OldReset, OldResetOfTwo, OldStep, OldSeed])
-@pytest.mark.parametrize("flags", [{}, {"action_repeat": 2}, {"capture_video": True}], ids=str)
-def test_the_old_gym_api_is_named(environment, flags, program):
-    with pytest.raises(Exception, match="in Gymnasium reset returns"):
-        act(program, env_id=register(environment), **flags)
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_the_old_gym_api_is_named(environment, repeat, program):
+    with pytest.raises(ValueError, match="in Gymnasium reset returns"):
+        act(program, env_id=register(environment), action_repeat=repeat)
 
 
 def test_shimmy_does_not_switch_all_warnings_on(monkeypatch):
