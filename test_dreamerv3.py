@@ -1503,7 +1503,8 @@ def random_trajectory(rng: np.random.Generator, length: int) -> Trajectory:
     cut = rng.random(length) < 0.15
     reward = rng.normal(size=length)
     value = rng.normal(size=length)
-    return Trajectory(reward, value, 0.97 * ~terminal, terminal | cut)
+    discount = np.where(terminal, 0.0, 0.97)
+    return Trajectory(reward, value, discount, terminal | cut)
 
 
 def n_step_return(x: Trajectory, t: int, n: int) -> float:
@@ -1857,6 +1858,8 @@ class ChainRun(NamedTuple):
     windows: str
     batches: list[dict[str, np.ndarray]]
     written: list[str]  # the windows of the buffer, at every latent write-back
+    stored: list[int]  # the actions of steps that were stored and are not last ones
+    taken: list[int]  # the actions that the environment got
 
     def rows(self, name: str) -> np.ndarray:
         """(all rows, T, …) of all batches."""
@@ -1878,9 +1881,11 @@ CHAIN_RUNS = [
 @pytest.fixture(scope="module", params=CHAIN_RUNS, ids="-".join)
 def chain(request, tmp_path_factory) -> ChainRun:
     env_id, windows = request.param
-    run = ChainRun(env_id == "DreamerChain-v0", windows, [], [])
+    run = ChainRun(env_id == "DreamerChain-v0", windows, [], [], [], [])
     convert = dreamerv3.batch_to_device
     write = Replay.update_latents
+    add = Replay.add
+    step = Chain.step
 
     def record_batch(batch, *rest):
         run.batches.append(batch)
@@ -1890,10 +1895,21 @@ def chain(request, tmp_path_factory) -> ChainRun:
         run.written.append(replay.windows)
         return write(replay, *args, **kwargs)
 
+    def record_add(replay, record):
+        if not record["is_last"][0]:
+            run.stored.append(int(record["action"][0, 0]))
+        add(replay, record)
+
+    def record_step(env, action):
+        run.taken.append(action)
+        return step(env, action)
+
     program = Program(tmp_path_factory.mktemp("chain"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dreamerv3, "batch_to_device", record_batch)
         patch.setattr(Replay, "update_latents", record_write)
+        patch.setattr(Replay, "add", record_add)
+        patch.setattr(Chain, "step", record_step)
         program.train(env_id=env_id, replay_windows=windows, total_timesteps=90)
     return run
 
@@ -1907,6 +1923,12 @@ def test_a_chain_run_makes_one_update_every_two_steps_and_writes_its_latents_bac
 def test_the_first_batch_has_the_latents_that_the_agent_had_when_it_acted(chain):
     assert chain.batches[0]["deter"].any()
     assert chain.batches[0]["stoch"].any()
+
+
+def test_a_step_is_stored_with_the_action_that_the_environment_takes_on_it(chain):
+    """The action of a last step is never taken. The chain's actions begin at 3."""
+    assert [action + 3 for action in chain.stored] == chain.taken
+    assert len(set(chain.taken)) == 4
 
 
 def test_a_reset_is_a_first_step(chain):
@@ -2157,6 +2179,17 @@ def test_episode_windows_draw_every_step_equally_often():
         rows = 16 * draws * min(64, length)
         assert np.abs(episode - 1).max() < 6 * np.sqrt(2944 / rows), length
         start += length
+
+
+def test_stream_windows_draw_every_start_equally_often():
+    """The first and the newest one too; within six standard deviations."""
+    replay = Replay(60, 2, FIELDS, 8, "stream")
+    fill(replay, 17, [5])
+    replay.online.clear()
+    _, (env, time) = replay.sample(10_000)
+    starts, counts = np.unique(10 * env[:, 0] + time[:, 0], return_counts=True)
+    assert starts.tolist() == list(range(20))  # 0 to 9, in both environments
+    assert np.abs(counts - 500).max() < 6 * np.sqrt(500)
 
 
 def test_the_newest_stretch_of_every_environment_waits_to_be_used():
@@ -3654,6 +3687,7 @@ def test_live_tensors_are_constant_once_the_buffer_is_full(measurements):
 def test_no_cuda_leaves_a_gpu_alone(program, monkeypatch):
     """One that is counted but cannot start."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda.random, "device_count", lambda: 1)
     folder = program.train(env_id="DreamerChain-v0", total_timesteps=60, cuda=False)
     assert "CUDA" not in program.out
     program.resume(folder, total_timesteps=70)
