@@ -942,6 +942,17 @@ def make_envs(args: Args, run: "Run"):
             envs.close(timeout=10)
 
 
+# what this file imports; a worker that imported them itself would take seconds and 180 MB
+LARGE_PACKAGES = [
+    "torch.utils.tensorboard",
+    "torch._inductor.compile_fx",
+    "tyro",
+    "cv2",
+    "gymnasium.wrappers",
+    "ale_py",
+]
+
+
 def start_workers(makers: list, seed: int) -> gym.vector.AsyncVectorEnv:
     """One process for each environment. They are forked from a server that has imported the large
     packages and has no threads: an environment that computes with torch or JAX survives that."""
@@ -950,9 +961,7 @@ def start_workers(makers: list, seed: int) -> gym.vector.AsyncVectorEnv:
     method = "spawn"
     if "forkserver" in multiprocessing.get_all_start_methods():
         method = "forkserver"
-        multiprocessing.get_context(method).set_forkserver_preload(
-            ["torch.utils.tensorboard", "tyro", "cv2", "gymnasium.wrappers", "ale_py"]
-        )
+        multiprocessing.get_context(method).set_forkserver_preload(LARGE_PACKAGES)
     # workers need not run the user's script again: cloudpickle sends what is defined there
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -1506,9 +1515,8 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
         try:
             print("\nstopping after this step, then saving; once more to exit at once", flush=True)
-        except OSError:  # the same Ctrl-C has ended `| tee`: from now on, write nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(1, 2)
+        except OSError:  # the same Ctrl-C has ended `| tee`
+            write_nowhere()
 
     def begin(self, agent: Agent, optimizer: LaProp, replay: Replay) -> None:
         """Take the parts of the run; after --resume, set them to what the checkpoint holds."""
@@ -1597,10 +1605,7 @@ class Run:
             if self.writes:
                 self.lock.release()
             if self.agent is None and not self.args.resume:  # nothing has begun: leave nothing
-                shutil.rmtree(self.folder, ignore_errors=True)
-                for parent in self.folder.parents[: len(self.path.parents) - 1]:
-                    with suppress(OSError):  # other runs are there
-                        parent.rmdir()
+                remove_folder(self.folder, len(self.path.parents) - 1)
         if self.stopped:
             resume = f"python dreamerv3.py --resume {self.path}"
             print(f"stopped at step {self.step:,}; continue with: {resume}")
@@ -1765,6 +1770,20 @@ def lock_folder(folder: Path, args: Args) -> FileLock:
     if not lock.is_locked:
         raise UserError(f"another process trains the run {folder}; end it first")
     return lock
+
+
+def remove_folder(folder: Path, depth: int) -> None:
+    """Remove a run folder, and of `depth` folders above it those that it leaves empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in folder.parents[:depth]:
+        with suppress(OSError):  # other runs are there
+            parent.rmdir()
+
+
+def write_nowhere() -> None:
+    """From now on, what is printed goes to no terminal."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
 
 
 def run_name(folder: Path, args: Args) -> str:

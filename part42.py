@@ -1,6 +1,5 @@
 """What real users' environments and machines do (issue 42): a section of test_dreamerv3.py."""
 
-import json
 import math
 import multiprocessing
 import os
@@ -13,7 +12,7 @@ import time
 import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 import cv2
 import gymnasium as gym
@@ -28,10 +27,8 @@ from dreamerv3 import Args
 from test_dreamerv3 import (
     QUICK,
     ROOT,
-    SLOW,
     TINY,
     Program,
-    as_flags,
     cartpole,  # noqa: F401
     counters,
     episodes,
@@ -977,8 +974,8 @@ def test_a_note_is_one_printed_line_that_names_wrappers_of_gymnasium(program):
             return np.zeros((20, 20), np.uint8), {}
 
         def step(self, action):
-            _, *rest = super().step(action)
-            return np.zeros((20, 20), np.uint8), *rest
+            _, reward, terminated, truncated, info = super().step(action)
+            return np.zeros((20, 20), np.uint8), reward, terminated, truncated, info
 
     act(program, env_id=register(Gray))
     (note,) = [line for line in program.out.splitlines() if line.startswith("note: ")]
