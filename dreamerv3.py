@@ -1545,10 +1545,8 @@ class Run:
         if self.writes:
             self.replay.load_state_dict(state["replay"])  # the other processes draw anew
 
-        print(
-            f"resumed at step {self.step:,} after {self.updates:,} updates, "
-            f"{len(self.replay):,} steps in the replay buffer"
-        )
+        made = f"step {self.step:,} after {self.updates:,} updates"
+        print(f"resumed at {made}, {len(self.replay):,} steps in the replay buffer")
         stored = self.replay.now * self.all_envs
         if stored > self.step:
             print(f"{stored - self.step:,} steps were stored after the checkpoint; they are kept")

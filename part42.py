@@ -978,10 +978,11 @@ def test_a_note_is_one_printed_line_that_names_wrappers_of_gymnasium(program):
             return np.zeros((20, 20), np.uint8), reward, terminated, truncated, info
 
     act(program, env_id=register(Gray))
-    (note,) = [line for line in program.out.splitlines() if line.startswith("note: ")]
-    for name in re.findall("(ReshapeObservation|TransformObservation)", note):
+    notes = [line for line in program.out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    for name in re.findall("(ReshapeObservation|TransformObservation)", notes[0]):
         assert hasattr(gym.wrappers, name)
-    assert "ReshapeObservation" in note
+    assert "ReshapeObservation" in notes[0]
 
 
 # --- Windows and module names
