@@ -1544,7 +1544,6 @@ class Run:
             torch.manual_seed(self.seed)
         if self.writes:
             self.replay.load_state_dict(state["replay"])  # the other processes draw anew
-
         made = f"step {self.step:,} after {self.updates:,} updates"
         print(f"resumed at {made}, {len(self.replay):,} steps in the replay buffer")
         stored = self.replay.now * self.all_envs
