@@ -13,8 +13,10 @@ by REINFORCE to increase them, with advantages divided by the range between the 
 95th percentile. One optimizer and one set of hyperparameters for every environment.
 
 Symbols: B batch, T sequence length, N rows (B*T in imagination, environments when acting), H
-imagination horizon, D width of h (deter), S groups of K classes in z (stoch), F = D + S*K features,
-E embedding, A action, V bins. Scalars per step are (B, T). Everything but noise is batch-major.
+imagination horizon, L length of a trajectory, D width of h (deter), S groups of K classes in z
+(stoch), F = D + S*K features, E embedding, A action, V bins. Scalars per step are (B, T).
+Everything but noise is batch-major. The functions under @torch.compile run as they stand with
+--no-compile.
 
 Time line. Step t holds what arrived at t and the action chosen on it; reward[t] was earned by
 action[t-1].
@@ -196,7 +198,8 @@ class Args:
     buffer_size: int = 1_000_000
     """steps kept per training process; never more than its share of total_timesteps"""
     replay_windows: Literal["episode", "stream"] = "episode"
-    """at an episode's end: start it over, or run on (official)"""
+    """a sequence that comes to an episode's end begins the same episode again, or runs on into the
+    next one (official code)"""
     persist_replay: bool = True
     """keep the replay buffer in memory-mapped files of the run folder, for --resume"""
 
@@ -294,7 +297,8 @@ def encode_action(action: Tensor, spec: ActionSpec) -> Tensor:
 
 
 def decode_action(action: Tensor, spec: ActionSpec) -> Tensor:
-    """The inverse: (…, A) -> (…, components), class indices or unclipped real numbers."""
+    """The inverse: (…, A) -> (…, components), class indices or real numbers, which the environment
+    clips."""
     if not spec.nvec:
         return action
     parts = [x.argmax(-1) for x in action.split(spec.nvec, -1)]
@@ -306,9 +310,12 @@ def decode_action(action: Tensor, spec: ActionSpec) -> Tensor:
 def policy(
     agent: Agent, obs: dict, state: tuple, is_first: Tensor, mode: bool = False
 ) -> tuple[Tensor, tuple]:
-    """Act in N environments, in float32: obs key -> (N, …), is_first (N,), state (deter, stoch,
-    action) of the step before, the first being `agent.rssm.initial(N)` -> the sampled action (N, A)
-    (mode: the most probable one) and a new state."""
+    """Act in N environments, in float32.
+
+    obs: key -> (N, …). state: (deter, stoch, action) of the step before; the first one is
+    `agent.rssm.initial(N)`. is_first: (N,). mode: take the most probable action instead of a
+    sample. Returns the action (N, A) and the new state.
+    """
     deter, stoch, action = state
     embed = agent.encoder(obs)
     u = torch.rand(*stoch.shape[:2], device=stoch.device)  # (N, S), samples z
@@ -325,8 +332,8 @@ def world_model_loss(agent: Agent, batch: dict, args: Args):
 
     batch: "obs" a dict of (B, T, …), prev_action (B, T, A), reward, is_first, is_last and
     is_terminal (B, T), deter (B, D) and stoch (B, S, K) of the step before the first. Returns
-    losses, each (B, T), the posterior deter (B, T, D) and stoch (B, T, S, K) and the features
-    (B, T, F), all three with gradient, and metrics.
+    losses, each (B, T); the posterior deter (B, T, D), stoch (B, T, S, K) and their features
+    (B, T, F), with gradient; and metrics.
     """
     obs = batch["obs"]
     embed = agent.encoder(obs)  # (B, T, E)
@@ -400,7 +407,8 @@ def imagine(agent: Agent, deter: Tensor, stoch: Tensor, horizon: int) -> tuple[T
         deter, stoch, feat, action = imagine_step(agent, deter, stoch, action, u[h], noise[h + 1])
         feats.append(feat)
         actions.append(action)
-    torch.clear_autocast_cache()  # some releases of torch reuse gradient-free casts of weights
+    # some releases of torch would reuse weights cast under no_grad: the actor had no gradient
+    torch.clear_autocast_cache()
     return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
@@ -430,19 +438,19 @@ def lambda_return(
         R[t] = reward[t+1] + discount[t+1] * ((1 - lam) * value[t+1] + lam * R[t+1])
         R[L-1] = value[L-1]
 
-    discount[t] is what the future of state t counts: 0 at terminations. Where is_last, the episode
-    has no next step: lam counts as 0, so that R bootstraps from the value.
+    discount[t] multiplies everything after state t: it is 0 at terminations. Where is_last, the
+    episode has no next step: lam counts as 0, so that R bootstraps from the value.
     """
-    trace = torch.full_like(reward, lam)
+    lam_t = torch.full_like(reward, lam)
     if is_last is not None:
-        trace = trace.masked_fill(is_last, 0.0)
-    next_return = value[:, -1]
+        lam_t = lam_t.masked_fill(is_last, 0.0)
+    ret = value[:, -1]  # R[L-1]
     returns = []
     for t in reversed(range(1, reward.shape[1])):
-        future = (1 - trace[:, t]) * value[:, t] + trace[:, t] * next_return
-        next_return = reward[:, t] + discount[:, t] * future
-        returns.append(next_return)
-    return torch.stack(returns[::-1], 1)  # in the order of time
+        future = (1 - lam_t[:, t]) * value[:, t] + lam_t[:, t] * ret
+        ret = reward[:, t] + discount[:, t] * future  # R[t-1]
+        returns.append(ret)
+    return torch.stack(returns[::-1], 1)  # in the order of time, without R[L-1]
 
 
 class ReturnNorm(nn.Module):
@@ -493,7 +501,7 @@ def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args):
     value_logits = agent.critic(feat)  # (N, H+1, V)
     value = agent.twohot.mean(value_logits.detach())  # not the slow critic's: it only regularizes
     returns = lambda_return(reward, value, cont, args.return_lambda)  # (N, H)
-    weight = cont.cumprod(1)[:, :-1]  # (N, H): the discounted probability to get past a state
+    weight = cont.cumprod(1)[:, :-1]  # (N, H), cont[0] * ... * cont[h]: a terminal state counts 0
 
     agent.return_norm.update(returns)
     advantage = (returns - value[:, :-1]) / agent.return_norm.scale  # (N, H)
@@ -548,7 +556,7 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
 def clip_gradients(params: list[nn.Parameter], clip: float) -> None:
     """Adaptive gradient clipping (Brock et al., 2021), in place, for each tensor p of gradient g:
 
-    g = g * min(1, clip * max(1e-3, |p|) / |g|)
+    g = g * min(1, clip * max(1e-3, ||p||) / ||g||), with L2 norms
     """
     grads = [p.grad for p in params]
     norms = torch.stack(torch._foreach_norm(params))  # (tensors,)
@@ -626,7 +634,7 @@ def loss(agent: Agent, batch: dict, args: Args):
     losses, deter, stoch, feat, metrics = world_model_loss(agent, batch, args)
     latents = (deter.detach(), stoch.detach())
 
-    # actor and critic, on trajectories imagined from all B*T posterior states; these are detached:
+    # actor and critic, on trajectories imagined from all B*T posterior states, without gradient:
     # losses on imagined states do not train the world model
     starts = [x.flatten(0, 1) for x in latents]  # (N, D), (N, S, K)
     imagined, action = imagine(agent, *starts, args.imagination_horizon)
@@ -727,7 +735,7 @@ def main(args: Args) -> None:
         agent = Agent(specs, action_spec, SIZES[args.size], args).to(device)
         optimizer = LaProp(agent.trained(), args.learning_rate, args.warmup_updates)
         replay = make_replay(args, agent, run)
-        run.begin(agent, optimizer, replay)
+        run.begin(agent, optimizer, replay)  # after --resume: as the checkpoint has them
 
         # how an action and an update are computed
         model = DistributedDataParallel(agent) if dist.is_initialized() else agent
@@ -763,10 +771,10 @@ def main(args: Args) -> None:
 
             # step the environments; after a last step they ignore the action and reset
             obs, reward, terminated, truncated, infos = envs.step(action)
-            is_first = is_last
+            is_first = is_last  # of the stored step: what follows a last step comes from a reset
             log.episodes(infos)
 
-            # learn; run.trained is the agent step that updates have reached
+            # learn; run.trained, at first learning_starts, is the step that updates have reached
             began = time.time()
             while run.step - run.trained >= steps_per_update and not run.stopped:
                 batch, index = replay.sample(args.batch_size)
@@ -780,10 +788,11 @@ def main(args: Args) -> None:
             log.updating += time.time() - began
 
             # log, save, evaluate
-            log.means()
-            if run.due(args.checkpoint_frequency) or run.due(args.eval_frequency):
+            log.means()  # every log_frequency steps
+            evaluate_now = run.due(args.eval_frequency)
+            if run.due(args.checkpoint_frequency) or evaluate_now:
                 run.save()
-            if run.due(args.eval_frequency):
+            if evaluate_now:
                 log.evaluate(agent)
 
 
@@ -806,7 +815,7 @@ def find_spec(env_id: str) -> EnvSpec:
     prefix = env_id.split("/")[0]
     try:
         if ":" in env_id:  # module:Id, whose import registers the id
-            module, env_id = env_id.split(":")
+            module, env_id = env_id.split(":", 1)
             import_module(module)
         with warnings.catch_warnings():  # shimmy switches all DeprecationWarnings on
             module = import_module(REGISTERED_BY.get(prefix, "ale_py"))
@@ -903,7 +912,7 @@ def record(env: gym.Env, videos: Path, repeat: int, every_episode: bool) -> gym.
 
 
 def warn_of_no_videos(error: Exception) -> None:
-    """In one line."""
+    """That a run goes on without videos, in one line."""
     install = 'pip install "gymnasium[other]" brings what videos need'
     print(f"warning: no videos, {type(error).__name__}: {error} ({install})", flush=True)
 
@@ -962,7 +971,8 @@ def start_workers(makers: list, seed: int) -> gym.vector.AsyncVectorEnv:
     if "forkserver" in multiprocessing.get_all_start_methods():
         method = "forkserver"
         multiprocessing.get_context(method).set_forkserver_preload(LARGE_PACKAGES)
-    # workers need not run the user's script again: cloudpickle sends what is defined there
+    # with an empty __main__, workers do not run the user's script again: cloudpickle sends them
+    # what is defined there
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -1292,6 +1302,10 @@ class UserError(Exception):
     """Something the user of the program can fix: the command line prints it in one line."""
 
 
+class NotFinite(FloatingPointError):
+    """A loss or a weight is not finite: the run ends without another checkpoint."""
+
+
 @contextmanager
 def blame(what: str):
     """An exception inside becomes a UserError that begins with `what`."""
@@ -1348,7 +1362,11 @@ def check_args(args: Args) -> None:
         ("num_envs", args.num_envs > 0, "positive"),
         ("batch_size", args.batch_size > 0, "positive"),
         ("batch_length", args.batch_length > 1, "at least 2"),
-        ("total_timesteps", args.total_timesteps >= total, f"at least {total}, a sequence and one"),
+        (
+            "total_timesteps",
+            args.total_timesteps >= total,
+            f"at least {total}, a sequence and a step each",
+        ),
         ("unimix", args.unimix < 1, "below 1"),
         ("actor_unimix", args.actor_unimix < 1, "below 1"),
         ("bins", args.bins >= 3 and args.bins % 2 == 1, "odd, so that one is 0, and at least 3"),
@@ -1551,15 +1569,15 @@ class Run:
             print(f"{stored - self.step:,} steps were stored after the checkpoint; they are kept")
             self.seed += stored - self.step  # not the same episodes once more
         missing = self.args.learning_starts - stored
-        if missing > 0:  # it was not kept
+        if missing > 0:  # the buffer was not saved
             print(f"collecting {missing:,} steps before the next update")
             self.trained = self.step + missing
 
     def save(self) -> None:
-        """Write checkpoint.pt, and with --save-model model.pt. Raises FloatingPointError, and
-        writes nothing, when a weight is not finite."""
+        """Write checkpoint.pt, and with --save-model model.pt. Raises NotFinite, and writes
+        nothing, when a weight is not finite."""
         if not math.isfinite(global_norm(self.agent.trained())):
-            raise FloatingPointError(f"a weight is not finite at step {self.step}: not saved")
+            raise NotFinite(f"a weight is not finite at step {self.step}: not saved")
         if not self.writes:
             return
         self.replay.flush()
@@ -1594,14 +1612,14 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            if self.agent is not None and kind is not FloatingPointError:
+            if self.agent is not None and kind is not NotFinite:
                 self.save()
         finally:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             if self.writes:
                 self.lock.release()
-            if self.agent is None and not self.args.resume:  # nothing has begun: leave nothing
+            if self.agent is None and self.writes and not self.args.resume:  # nothing has begun
                 remove_folder(self.folder, len(self.path.parents) - 1)
         if self.stopped:
             resume = f"python dreamerv3.py --resume {self.path}"
@@ -1630,7 +1648,8 @@ class Log:
         if not run.writes:
             return
         if args.track:
-            track(args, run_name(run.folder, args))
+            with blame("--track cannot start (pip install wandb, then wandb login)"):
+                track(args, run_name(run.folder, args))
         self.writer = SummaryWriter(run.folder)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         table = "\n".join(["|param|value|", "|-|-|", *rows])
@@ -1678,7 +1697,7 @@ class Log:
 
     def means(self) -> None:
         """Move the progress bar and, every --log-frequency steps, record the means of the metrics.
-        Raises FloatingPointError when one of them is not finite."""
+        Raises NotFinite when one of them is not finite."""
         run = self.run
         mean = f"{np.mean(self.returns):.1f}" if self.returns else "none yet"
         self.bar.set_postfix_str(f"mean return {mean}, {run.updates:,} updates", refresh=False)
@@ -1690,7 +1709,7 @@ class Log:
         for name in self.metrics[0]:
             values[name] = torch.stack([x[name] for x in self.metrics]).mean().item()
             if not math.isfinite(values[name]):
-                raise FloatingPointError(f"{name} is not finite at step {run.step}")
+                raise NotFinite(f"{name} is not finite at step {run.step}")
         seconds = time.time() - self.window_began
         batch_steps = self.args.batch_size * self.args.batch_length * run.num_processes
         values["charts/SPS"] = (run.step - self.window_step) / seconds
@@ -1840,7 +1859,8 @@ def make_replay(args: Args, agent: Agent, run: Run) -> Replay:
     layout["deter"] = ((agent.size.deter,), np.float16)
     layout["stoch"] = ((agent.size.groups,), np.uint8)
     if not args.resume:  # a run keeps its buffer
-        args.buffer_size = min(args.buffer_size, args.total_timesteps // run.num_processes)
+        capacity = min(args.buffer_size, args.total_timesteps // run.num_processes)
+        args.buffer_size = max(capacity, args.batch_size * args.batch_length)
     gigabytes = args.buffer_size * Replay.bytes_per_step(layout) / 1e9
     print(f"replay: {args.buffer_size:,} steps take {gigabytes:.2f} GB")
 
@@ -1942,7 +1962,8 @@ def evaluate(
             steps += 1
             if is_first:
                 returns.append(info["episode_return"])
-                obs, _ = env.reset()
+                if len(returns) < episodes:
+                    obs, _ = env.reset()
             elif steps % 10_000 == 0:
                 tqdm.write(
                     f"evaluation: {steps:,} steps, {len(returns)} of {episodes} episodes "

@@ -1,7 +1,7 @@
 """Networks of DreamerV3 (Hafner et al., Nature 2025): what the equations in dreamerv3.py call.
 
 From top to bottom: symlog and twohot, distributions, layers, encoder, recurrent state-space model
-(RSSM), decoder. Nothing here knows about rewards, loss weights, flags or the replay buffer.
+(RSSM), decoder. Nothing here knows about loss weights, flags or the replay buffer.
 
 Symbols: B batch, T sequence length, N any flat batch, D deterministic state, S groups, K classes
 per group, E encoder output, A action size, G blocks, V bins, U units, C channels; "…" stands for
@@ -59,16 +59,15 @@ class ActionSpec(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Widths of one model size: D, hidden width of the RSSM, U, K, base channel count; then S and
-    G."""
+    """Widths of one model size."""
 
-    deter: int
-    hidden: int
-    units: int
-    classes: int
-    depth: int
-    groups: int = 32
-    blocks: int = 8
+    deter: int  # D
+    hidden: int  # of the RSSM's layers
+    units: int  # U, of all MLPs
+    classes: int  # K
+    depth: int  # channels of a convolution are multiples of it
+    groups: int = 32  # S
+    blocks: int = 8  # G
 
 
 # --- 1. symlog and twohot (paper: "Robust predictions") -------------------------------------------
@@ -124,19 +123,21 @@ class TwoHot(nn.Module):
     def mean(self, logits: Tensor) -> Tensor:
         """Expected bin under softmax(logits) (…, V) -> (…,); symexp of it when targets are symlogs.
 
-        A sum over mirrored pairs of bins, (p_high - p_low) * bin, so that large bins cancel. The
-        official source has this sum too, but its compiler fuses one product of each pair into a
-        multiply-add. That product keeps its full precision, the other is rounded to float32, and
-        the rounding error stays in the sum. The bins reach 4.85e8: while the far ones have mass,
-        for 1,000 to 2,500 updates, predicted rewards and values carry noise of zero mean and a
-        standard deviation of about 0.1. Uniform logits give up to 0.17 in size, which the last
-        digit of the softmax decides. Learning depends on it, because the optimizer ignores the
-        size of gradients: without the noise, advantages of 1e-8 move the actor at full speed
-        before anything is known. "rounded" adds this error. "exact" leaves it out; uniform logits
-        then give exactly 0.
+        A sum over mirrored pairs of bins, (p_high - p_low) * bin, so that large bins cancel. With
+        "rounded", the default, it has the rounding error that the official program has: noise of
+        zero mean and a standard deviation of about 0.1, for the first 1,000 to 2,500 updates.
+        "exact" has none; uniform logits then give exactly 0.
 
-        Mirrored probabilities that differ by a few units in the last place count as equal: sums in
-        another order make such differences, and one unit is worth 0.1 to 1 in the mean.
+        The official source means to compute the exact sum, but its compiler fuses one product of
+        each pair into a multiply-add. That product keeps its full precision, the other is rounded
+        to float32. The bins reach 4.85e8, so while the far ones have mass the error is not small;
+        uniform logits give up to 0.17 in size, which the last digit of the softmax decides.
+        Learning depends on it, because the optimizer ignores the size of gradients: without the
+        noise, differences of 1e-8 move the actor at full speed before anything is known.
+
+        Mirrored probabilities that differ by less than 2^-18 of their size, 32 units in the last
+        place, count as equal: sums in another order make such differences, and one unit is worth
+        0.1 to 1 in the mean.
         """
         probs = logits.float().softmax(-1)
         half = len(self.bins) // 2
@@ -204,8 +205,8 @@ class MultiOneHot:
     """Independent categoricals, one per action component; an action is their one-hot vectors side
     by side (…, A).
 
-    Methods as OneHot's: sample(u (…, components)) and mode() -> (…, A), log_prob(action (…, A)) and
-    entropy() -> (…,), summed.
+    sample(u (…, components)) and mode() -> (…, A); log_prob(action (…, A)) and entropy() -> (…,),
+    summed over components.
     """
 
     def __init__(self, logits: list[Tensor], unimix: float):
@@ -231,8 +232,8 @@ class MultiOneHot:
 class Normal:
     """Diagonal normal over the last axis; samples are mean + std * noise (…, A), not squashed.
 
-    Methods as OneHot's: sample(standard normal noise (…, A)) and mode() -> (…, A), log_prob(action)
-    and entropy() -> (…,), summed.
+    sample(standard normal noise (…, A)) and mode() -> (…, A); log_prob(action (…, A)) and
+    entropy() -> (…,), summed over components.
     """
 
     def __init__(self, mean: Tensor, std: Tensor):
@@ -483,7 +484,7 @@ class RSSM(nn.Module):
 
     def core(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
         """Block-diagonal GRU: (N, D), (N, S, K), (N, A) -> (N, D)."""
-        action = action / action.detach().abs().clamp(min=1)
+        action = action / action.detach().abs().clamp(min=1)  # stored ones are not clipped
         x_deter = self.in_deter(deter)  # (N, hidden)
         x_stoch = self.in_stoch(stoch.flatten(-2))
         x_action = self.in_action(action)
@@ -519,7 +520,7 @@ class RSSM(nn.Module):
         """Filter sequences. deter (B, D), stoch (B, S, K): the state before the first step;
         prev_action (B, T, A): the one before each step; embed (B, T, E); is_first (B, T) -> deter
         (B, T, D), stoch and logits (B, T, S, K)."""
-        # this gradient is not used: it makes step 0 look to torch.compile like the later ones
+        # this gradient is not used: it spares a second compilation of observe_step, for step 0
         deter = deter.detach().requires_grad_()
         stoch = stoch.detach().requires_grad_()
         u = torch.rand(*is_first.shape, self.size.groups, device=embed.device)  # (B, T, S)

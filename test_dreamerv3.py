@@ -4033,8 +4033,9 @@ def test_a_tracked_run_sends_its_videos(tracked):
 
 def test_an_error_of_wandb_is_not_hidden(program, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Mock(init=Mock(side_effect=ConnectionError)))
-    with pytest.raises(ConnectionError):
-        program.train(env_id="CartPole-v1", total_timesteps=40, track=True)
+    error = refused(program, env_id="CartPole-v1", track=True)
+    assert "--track cannot start" in error
+    assert "ConnectionError" in error
 
 
 # === what real environments and machines do =======================================================
