@@ -49,6 +49,9 @@ from dreamerv3 import SIZES, Agent, Args
 from networks import ActionSpec, ObsSpec, Size, TwoHot
 from replay import Replay
 
+torch.set_num_threads(1)  # the models are tiny: a second thread would only wait
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+
 ROOT = Path(__file__).parent
 
 TINY = Size(deter=32, hidden=16, units=16, classes=4, depth=4, groups=4, blocks=4)
