@@ -2644,36 +2644,6 @@ README = (ROOT / "README.md").read_text()
 CSV_HEADER = "global_step,frames,return,length,seconds\n"
 
 
-class Everything(gym.Env):
-    """Every kind of space, nested. Ends by truncation after five steps."""
-
-    observation_space = spaces.Dict(
-        camera=spaces.Box(0, 255, (20, 30, 1), np.uint8),
-        tuple=spaces.Tuple((spaces.Discrete(3, start=5), spaces.MultiBinary(4))),
-        deep=spaces.Dict(
-            multi=spaces.MultiDiscrete([2, 7]),
-            bool=spaces.Box(0, 1, (), bool),
-        ),
-        small=spaces.Box(0, 255, (10, 10, 3), np.uint8),
-        double=spaces.Box(-1, 1, (2, 2), np.float64),
-    )
-
-    def __init__(self, action_space: gym.Space | None = None):
-        self.action_space = action_space or spaces.MultiDiscrete([2, 3])
-        self.actions = []
-
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        self.observation_space.seed(seed)
-        return self.observation_space.sample(), {}
-
-    def step(self, action):
-        assert self.action_space.contains(action), (action, self.action_space)
-        self.actions.append(action)
-        truncated = len(self.actions) % 5 == 0
-        return self.observation_space.sample(), 1.0, False, truncated, {}
-
-
 def saved(folder: Path) -> dict:
     """The checkpoint of a run."""
     return torch.load(folder / "checkpoint.pt", weights_only=True)
