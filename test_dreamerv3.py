@@ -3303,16 +3303,19 @@ def signalled(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(process=process, folder=folder)
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_is_a_stop(signalled):
     assert signalled.process.returncode == 128 + signal.SIGINT
     assert "stopped at step 118" in signalled.process.stdout
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_is_no_failure_of_an_environment(signalled):
     """No traceback of the program: one that Gymnasium prints at the exit of Python is its own."""
     assert ", in main" not in signalled.process.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_saved_after_a_signal_to_all_processes(signalled):
     assert saved(signalled.folder)["step"] == 2 * 59
 
@@ -4148,19 +4151,23 @@ def doubled(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, second=second, workers=workers)
 
 
+@pytest.mark.slow
 def test_a_second_process_on_a_run_folder_exits_with_status_2(doubled):
     assert doubled.second.returncode == 2
 
 
+@pytest.mark.slow
 def test_a_second_process_on_a_run_folder_prints_one_line(doubled):
     assert doubled.second.stderr.count("\n") == 1
     assert "another process trains the run" in doubled.second.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_lock(doubled):
     FileLock(doubled.folder / "lock").acquire(timeout=0)
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_program(doubled):
     assert len(doubled.workers) >= 2
     wait_until_gone(doubled.workers)
