@@ -1918,6 +1918,8 @@ def load_agent(path: str | Path, device: str | torch.device = "cpu") -> tuple[Ag
 
 def evaluate_only(args: Args) -> None:
     """--eval-only."""
+    args = copy.copy(args)
+    args.compile = False  # a policy never is
     device = set_up_torch(args)
     with blame(f"--resume {args.resume}"):
         agent, _ = load_agent(args.resume, device)

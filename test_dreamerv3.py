@@ -53,6 +53,7 @@ torch.set_num_threads(1)  # the models are tiny: a second thread would only wait
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
 
 TINY = Size(deter=32, hidden=16, units=16, classes=4, depth=4, groups=4, blocks=4)
 VECTOR = {"vector": ObsSpec((5,))}
@@ -3870,6 +3871,17 @@ def test_evaluate_plays_what_eval_only_plays(file, cartpole, capsys):
     assert line == evaluate_only(cartpole, path)
 
 
+def test_eval_only_compiles_nothing(cartpole):
+    evaluate_only(cartpole, cartpole.folder, compile=True)
+    assert "compil" not in cartpole.program.out
+
+
+def test_the_trained_agent_in_results_balances_the_pole():
+    """For a whole episode, of 500 steps."""
+    agent, args = dreamerv3.load_agent(RESULTS / "CartPole-v1.pt")
+    assert dreamerv3.evaluate(agent, args, episodes=1, seed=0) == [500]
+
+
 def test_evaluations_write_nothing(cartpole):
     before = files(cartpole.program.folder)
     evaluate_only(cartpole, cartpole.folder)
@@ -5801,7 +5813,6 @@ def test_the_benchmark_runs_on_a_cpu(part, program, monkeypatch, capsys):
     assert re.search(r"^\S.* +\d+\.\d\d ms", capsys.readouterr().out, re.MULTILINE)
 
 
-RESULTS = ROOT / "results"
 sys.path.append(str(RESULTS))
 compare = importlib.import_module("compare")
 Results = compare.Results
