@@ -505,9 +505,9 @@ def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args):
 
     agent.return_norm.update(returns)
     advantage = (returns - value[:, :-1]) / agent.return_norm.scale  # (N, H)
-    pi = agent.actor(feat[:, :-1])
-    log_prob = pi.log_prob(action[:, :-1])  # (N, H)
-    entropy = pi.entropy()  # (N, H)
+    pi = agent.actor(feat)  # of all H+1 states: leaving the last one out would copy the others
+    log_prob = pi.log_prob(action)[:, :-1]  # (N, H)
+    entropy = pi.entropy()[:, :-1]  # (N, H)
     actor_loss = -weight * (log_prob * advantage + args.ent_coef * entropy)
     value_loss = weight * critic_loss(agent, feat, value_logits, returns, args)
 

@@ -492,10 +492,11 @@ class RSSM(nn.Module):
         x = self.hid_norm(x)  # (N, D)
         gates = self.gru(x).float().unflatten(-1, (self.size.blocks, 3, -1))  # (N, G, 3, D/G)
         reset, candidate, update = gates.unbind(2)  # (N, G, D/G) each
-        reset = torch.sigmoid(reset)
-        candidate = torch.tanh(reset * candidate).flatten(1)  # (N, D)
-        update = torch.sigmoid(update - 1).flatten(1)  # (N, D)
-        return update * candidate + (1 - update) * deter
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        update = torch.sigmoid(update - 1)
+        deter = deter.unflatten(-1, (self.size.blocks, -1))  # (N, G, D/G)
+        deter = update * candidate + (1 - update) * deter
+        return deter.flatten(1)  # (N, D)
 
     @torch.compile(dynamic=False)
     def observe_step(self, deter, stoch, prev_action, embed, is_first, u):
