@@ -6,6 +6,7 @@ update      time of an update alone, of the first one, and peak memory, for --si
 training    the same update inside the loop: sampling, copies, update, latents written back
 filter      the recurrence alone, forward and backward, and what share of an update it takes
 optimizer   clipping and LaProp alone: lists of tensors at once, and one tensor after the other
+profile     what each function of an update takes, on a CPU or launched kernel by kernel
 all         update for 12m vector, 12m image, 1m vector, 200m image; then the others for 12m vector
 
 On a GPU everything that is timed is captured as one CUDA graph, as in training. The matrix product
@@ -16,8 +17,11 @@ import argparse
 import statistics
 import sys
 import time
+from collections import defaultdict
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -26,11 +30,24 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dreamerv3
 from dreamerv3 import SIZES, Agent, Args, LaProp
-from networks import ActionSpec, ObsSpec
+from networks import RSSM, ActionSpec, ObsSpec
 from replay import Replay
 
 KINDS = {"vector": ObsSpec((24,)), "image": ObsSpec((64, 64, 3))}
 ACTION = ActionSpec((6,), 6)
+
+# what `profile` times, in the order of an update
+FUNCTIONS = [
+    (dreamerv3, "world_model_loss"),
+    (RSSM, "observe"),
+    (dreamerv3, "imagine"),
+    (dreamerv3, "actor_critic_loss"),
+    (dreamerv3, "replay_critic_loss"),
+    (torch.Tensor, "backward"),
+    (dreamerv3, "clip_gradients"),
+    (LaProp, "step"),
+]
+INDENT = {"observe": "    "}  # a part of world_model_loss
 
 
 def wait(device: torch.device) -> None:
@@ -184,6 +201,37 @@ class Bench:
         seconds = measure(self.captured(loop), self.device, self.repeats)
         report(f"optimizer, plain loop, {name}", seconds)
 
+    def profile(self) -> None:
+        """What the functions of an update take; those inside of others are indented."""
+        seconds = defaultdict(float)
+        updates = self.repeats
+
+        def timed(function, name: str):
+            def call(*args, **kwargs):
+                wait(self.device)
+                start = time.perf_counter()
+                result = function(*args, **kwargs)
+                wait(self.device)
+                seconds[name] += time.perf_counter() - start
+                return result
+
+            return call
+
+        update = partial(dreamerv3.train_step, self.agent, self.optimizer, self.batch, self.args)
+        update()
+        update()
+        with ExitStack() as stack:
+            for owner, name in FUNCTIONS:
+                function = timed(getattr(owner, name), name)
+                stack.enter_context(patch.object(owner, name, function))
+            timed_update = timed(update, "update")
+            for _ in range(updates):
+                timed_update()
+        report(f"update, {self.name}", seconds["update"] / updates)
+        for _, name in FUNCTIONS:
+            share = f"{seconds[name] / seconds['update']:.0%}"
+            report(f"{INDENT.get(name, '  ')}{name}", seconds[name] / updates, share)
+
 
 @torch.no_grad()
 def plain_step(params: list[nn.Parameter], optimizer: LaProp, clip: float) -> torch.Tensor:
@@ -214,6 +262,7 @@ def main() -> None:
         "training": Bench.training,
         "filter": Bench.filter,
         "optimizer": Bench.optimize,
+        "profile": Bench.profile,
     }
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=[*parts, "all"])
@@ -231,6 +280,7 @@ def main() -> None:
             ("training", "vector", ["--size", "12m"]),
             ("filter", "vector", ["--size", "12m"]),
             ("optimizer", "vector", ["--size", "12m"]),
+            ("profile", "vector", ["--size", "12m"]),
         ]
     product(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for part, kind, more in cells:
