@@ -1564,12 +1564,12 @@ class Run:
             self.replay.load_state_dict(state["replay"])  # the other processes draw anew
         made = f"step {self.step:,} after {self.updates:,} updates"
         print(f"resumed at {made}, {len(self.replay):,} steps in the replay buffer")
-        stored = self.replay.now * self.all_envs
+        stored = smallest(self.replay.now) * self.all_envs
         if stored > self.step:
             print(f"{stored - self.step:,} steps were stored after the checkpoint; they are kept")
             self.seed += stored - self.step  # not the same episodes once more
         missing = self.args.learning_starts - stored
-        if missing > 0:  # the buffer was not saved
+        if missing > 0:  # the buffer was not saved, or a process is new
             print(f"collecting {missing:,} steps before the next update")
             self.trained = self.step + missing
 
@@ -1625,6 +1625,15 @@ class Run:
             resume = f"python dreamerv3.py --resume {self.path}"
             print(f"stopped at step {self.step:,}; continue with: {resume}")
             sys.exit(128 + self.stopped)
+
+
+def smallest(number: int) -> int:
+    """The smallest of the numbers that the training processes call this with."""
+    if not dist.is_initialized():
+        return number
+    numbers = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return min(numbers)
 
 
 class Log:

@@ -5601,6 +5601,18 @@ def together(tmp_path_factory) -> SimpleNamespace:
     return ended
 
 
+@pytest.mark.slow
+def test_a_run_can_be_resumed_by_more_processes(tmp_path):
+    """Both collect --learning-starts steps, since one of them has no buffer yet."""
+    alone = start_process(tmp_path, **QUICK, env_id="CartPole-v1", total_timesteps=60)
+    assert alone.wait() == 0
+    (folder,) = tmp_path.glob("runs/*")
+    out = torchrun(tmp_path, resume=folder, total_timesteps=110)
+    assert "resumed at step 60 after 10 updates" in out
+    assert "collecting 40 steps before the next update" in out
+    assert counters(folder) == (110, 10 + (110 - 100) // 4)
+
+
 def test_processes_share_a_run_folder(together):
     assert len(together.folders) == 1
 
