@@ -5971,7 +5971,7 @@ def test_a_verdict_needs_its_share_of_windows(values, text, expected):
     count = compare.Count(np.array([*values, 7]), low, low + 5)
     assert str(count) == text
     assert compare.verdict([count], 2 / 3, "agrees", "fails") == expected
-    assert compare.verdict([count, None], 2 / 3, "agrees", "fails") == "not run yet"
+    assert compare.verdict([count, None], 2 / 3, "agrees", "fails") == "not yet"
 
 
 # === Comparisons with runs made up from the official ones =========================================
@@ -6009,7 +6009,7 @@ def verdict_of(text: str, statistic: str) -> str:
 def test_evaluations_equal_to_the_official_ones_are_called_equal(copied, shift, expected):
     statistic = "mean of the evaluations from 12,000 to 24,000 steps"
     text = compare.compare_cartpole_16envs(copied)
-    assert verdict_of(text, statistic) == "not run yet"
+    assert verdict_of(text, statistic) == "not yet"
     curves = compare.official_evaluations(copied)
     for name, (steps, returns) in zip(compare.CARTPOLE_16, curves, strict=True):
         columns = {"global_step": steps, "return": returns + shift}
@@ -6140,7 +6140,7 @@ def test_rounded_and_exact_are_separated_only_if_all_seeds_are(copied, delay, ri
 )
 def test_finger_spin_is_compared_with_three_official_seeds(copied, factor, expected):
     text = compare.compare_finger(copied)
-    assert verdict_of(text, "returns and update windows") == "not run yet"
+    assert verdict_of(text, "returns and update windows") == "not yet"
     for name, other in zip(compare.FINGER[1:], (0.9, 1.1), strict=True):
         write_finger(copied, name, 0, other)
     for name in compare.ROUNDED:

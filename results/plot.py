@@ -134,7 +134,7 @@ def cartpole_evaluations(ax: Axes, results: Results) -> None:
     official = []
     for steps, values in compare.official_evaluations(results):
         official.append((steps, running_mean(values, 5)))
-    draw_curves(ax, official, "official", OFFICIAL)
+    draw_curves(ax, official, "official, exact mean", OFFICIAL)
     ours = []
     for name in compare.CARTPOLE_16:
         evaluations = results.read(name, "_evals")
@@ -155,7 +155,7 @@ def cartpole_metric(ax: Axes, results: Results, name: str) -> None:
     borders = np.array(compare.CARTPOLE_16_BORDERS)
     middles = (borders[1:] + borders[:-1]) / 2
     ax.fill_between(middles, data["min"][here], data["max"][here], color="0.85")
-    draw_curves(ax, [(middles, data["mean"][here])], "official, 3 seeds", OFFICIAL)
+    draw_curves(ax, [(middles, data["mean"][here])], "official, exact mean, 3 seeds", OFFICIAL)
     ours = metric(results, compare.CARTPOLE_16, "updates", name)
     draw_curves(ax, middle(ours), "ours", OURS)
     finish(ax, name, "updates", "")
