@@ -85,8 +85,8 @@ def finger_ablation(ax: Axes, results: Results) -> None:
     finish(ax, "finger-spin", "agent steps", "return, mean of 5 episodes")
 
 
-def finger_metric(ax: Axes, results: Results, name: str) -> None:
-    """A metric of official, rounded and exact runs in the first 4,000 updates."""
+def finger_metric(ax: Axes, results: Results, name: str, until: int) -> None:
+    """A metric of official, rounded and exact runs up to some number of updates."""
     key = compare.FINGER_METRICS[name]
     official = metric(results, compare.FINGER, "opt_updates", key)
     draw_curves(ax, official, "official", OFFICIAL)
@@ -96,8 +96,8 @@ def finger_metric(ax: Axes, results: Results, name: str) -> None:
     draw_curves(ax, middle(rounded), "ours, rounded", OURS)
     exact = metric(results, compare.EXACT, "updates", name)
     draw_curves(ax, middle(exact), "ours, exact", EXACT)
-    ax.set_xlim(0, 4000)
-    shown = [y[x <= 4000] for x, y in official + crossed + rounded + exact]
+    ax.set_xlim(0, until)
+    shown = [y[x <= until] for x, y in official + crossed + rounded + exact]
     ax.set_ylim(*padded(np.concatenate(shown)))
     finish(ax, name, "updates", "")
 
@@ -121,8 +121,8 @@ def finger_spin(results: Results) -> Figure:
     results.check(names, compare.ROUNDING_TOLERATES)
     figure, axes = panels(3)
     finger_ablation(axes[0], results)
-    finger_metric(axes[1], results, "behavior/advantage_mag")
-    finger_metric(axes[2], results, "behavior/actor_entropy")
+    finger_metric(axes[1], results, "behavior/advantage_mag", 7000)
+    finger_metric(axes[2], results, "behavior/actor_entropy", 4000)
     return figure
 
 
