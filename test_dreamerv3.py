@@ -4406,7 +4406,7 @@ def test_a_wrapper_of_the_user_around_atari_is_not_bypassed(entry, repeat, rewar
     env = dreamerv3.make_env(register(entry), action_repeat=repeat)
     obs, _ = env.reset(seed=0)
     assert not obs["obs"].any()
-    obs, got, *_ = env.step(np.zeros(8, np.float32))
+    obs, got, *_ = env.step(np.zeros(1, np.int64))
     assert not obs["obs"].any()
     assert got == reward
 
