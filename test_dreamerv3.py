@@ -3655,12 +3655,14 @@ def measurements(tmp_path_factory) -> list[SimpleNamespace]:
     return seen
 
 
+@pytest.mark.slow
 def test_memory_is_constant_once_the_buffer_is_full(measurements):
     memory = [x.memory for x in measurements]
     assert len(memory) == 11  # 10 checkpoints, and one at the end
     assert memory[-1] - memory[4] < 4e6, memory
 
 
+@pytest.mark.slow
 def test_live_tensors_are_constant_once_the_buffer_is_full(measurements):
     tensors = [x.tensors for x in measurements[4:]]
     assert max(tensors) == min(tensors), tensors
@@ -4360,12 +4362,14 @@ def scripted(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=cwd, out=process.stdout)
 
 
+@pytest.mark.slow
 def test_ids_that_a_script_registers_reach_the_workers(scripted):
     folders = list(scripted.folder.glob("runs/*"))
     assert len(folders) == 2
     assert all(set(episodes(folder)[:, 3]) == {7} for folder in folders)
 
 
+@pytest.mark.slow
 def test_workers_do_not_run_the_script_again(scripted):
     assert scripted.out.count("\nend ") == 1
 
