@@ -494,9 +494,9 @@ class RSSM(nn.Module):
         reset, candidate, update = gates.unbind(2)  # (N, G, D/G) each
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)
-        deter = deter.unflatten(-1, (self.size.blocks, -1))  # (N, G, D/G)
-        deter = update * candidate + (1 - update) * deter
-        return deter.flatten(1)  # (N, D)
+        before = deter.unflatten(-1, (self.size.blocks, -1))  # (N, G, D/G)
+        after = update * candidate + (1 - update) * before
+        return after.flatten(1)  # (N, D)
 
     @torch.compile(dynamic=False)
     def observe_step(self, deter, stoch, prev_action, embed, is_first, u):

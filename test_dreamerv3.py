@@ -5829,7 +5829,7 @@ extract = importlib.import_module("extract")
 plot = importlib.import_module("plot")
 
 PAGES = [ROOT / "README.md", *sorted(RESULTS.glob("*.md"))]
-SUFFIX = r"_(losses|evals|advantage)$"
+SUFFIX = r"_(losses|evals|advantage|pairs)$"
 
 
 # === The gate =====================================================================================

@@ -39,7 +39,7 @@ ACTION = ActionSpec((6,), 6)
 # what `profile` times, in the order of an update
 FUNCTIONS = [
     (dreamerv3, "world_model_loss"),
-    (RSSM, "observe"),
+    (RSSM, "observe"),  # a part of world_model_loss
     (dreamerv3, "imagine"),
     (dreamerv3, "actor_critic_loss"),
     (dreamerv3, "replay_critic_loss"),
@@ -47,7 +47,6 @@ FUNCTIONS = [
     (dreamerv3, "clip_gradients"),
     (LaProp, "step"),
 ]
-INDENT = {"observe": "    "}  # a part of world_model_loss
 
 
 def wait(device: torch.device) -> None:
@@ -202,7 +201,7 @@ class Bench:
         report(f"optimizer, plain loop, {name}", seconds)
 
     def profile(self) -> None:
-        """What the functions of an update take; those inside of others are indented."""
+        """What the functions of an update take, those they call included."""
         seconds = defaultdict(float)
         updates = self.repeats
 
@@ -230,7 +229,7 @@ class Bench:
         report(f"update, {self.name}", seconds["update"] / updates)
         for _, name in FUNCTIONS:
             share = f"{seconds[name] / seconds['update']:.0%}"
-            report(f"{INDENT.get(name, '  ')}{name}", seconds[name] / updates, share)
+            report(f"  {name}", seconds[name] / updates, share)
 
 
 @torch.no_grad()

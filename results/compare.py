@@ -56,7 +56,7 @@ WALKER_OFFICIAL = "walker_walk_official_3seeds"
 ROUNDING_TOLERATES = ["twohot_mean"]
 CARTPOLE_16_TOLERATES = ["other"]
 WALKER_TOLERATES = ["precision", "other"]
-DEFAULT_TOLERATES = ["train_ratio", "windows", "actor_unimix", "learning_starts"]
+DEFAULT_TOLERATES = ["train_ratio", "windows", "actor_unimix", "learning_starts", "precision"]
 
 FINGER_METRICS = {
     "behavior/advantage_mag": "adv_mag",
