@@ -33,10 +33,10 @@ x3 comes from a reset: no arrow leads into it, a2 is stored but never executed, 
 step before are zeroed where is_first. r1 was earned by a0. is_last: the episode ended, for either
 reason; is_terminal is 0 when it was cut by a time limit.
 
-The first half of this file is the specification: 1 flags · 2 agent · 3 world-model loss ·
+The first part of this file is the specification: 1 flags · 2 agent · 3 world-model loss ·
 4 imagination · 5 lambda-return and return range · 6 actor and critic losses · 7 optimizer ·
-8 update and loop. To see the whole at once, start at `loss`, `train_step` and `main`. The second
-half holds everything else, from environments to checkpoints.
+8 update and loop. To see the whole at once, start at `loss`, `train_step` and `main`. The rest
+of the file is everything else, from environments to checkpoints.
 """
 
 import argparse
@@ -188,7 +188,7 @@ class Args:
     learning_starts: int = 1024
     """agent steps after which updates are due, at least batch_length per environment"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products; auto: bfloat16 where it is native"""
+    """of an update's matrix products and convolutions; auto: bfloat16 where it is native"""
     compile: bool = True
     """compile the functions that take most of an update's time; eager mode where that fails"""
     cudagraphs: bool = True
@@ -658,7 +658,7 @@ def loss(agent: Agent, batch: dict, args: Args):
         "critic": 1.0,
         "replay_critic": args.replay_critic_scale,
     }
-    assert weights.keys() == losses.keys()
+    assert weights.keys() == losses.keys(), weights.keys() ^ losses.keys()
     means = {name: x.mean() for name, x in losses.items()}
     total = sum(weights[name] * means[name] for name in weights)
 
@@ -699,11 +699,12 @@ def train_step(model: nn.Module, optimizer: LaProp, batch: dict, args: Args):
 
 
 def stored_latents(deter: Tensor, stoch: Tensor) -> dict[str, np.ndarray]:
-    """deter (…, D), stoch (…, S, K) as the replay buffer keeps them: float16, class indices."""
-    return {
-        "deter": deter.half().cpu().numpy(),
-        "stoch": stoch.argmax(-1).byte().cpu().numpy(),
-    }
+    """deter (…, D), stoch (…, S, K) as the replay buffer keeps them: float16, class indices.
+    Raises NotFinite rather than let a diverged model into the buffer."""
+    deter = deter.half().cpu().numpy()
+    if not np.isfinite(deter).all():
+        raise NotFinite("a latent state is not finite")
+    return {"deter": deter, "stoch": stoch.argmax(-1).byte().cpu().numpy()}
 
 
 def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.device) -> dict:
@@ -737,13 +738,12 @@ def main(args: Args) -> None:
         replay = make_replay(args, agent, run)
         run.begin(agent, optimizer, replay)  # after --resume: as the checkpoint has them
 
-        # how an action and an update are computed
         model = DistributedDataParallel(agent) if dist.is_initialized() else agent
-        act = partial(policy, agent)
-        update = partial(train_step, model, optimizer, args=args)
+        run_policy = partial(policy, agent)
+        run_train_step = partial(train_step, model, optimizer, args=args)
         if args.cudagraphs and device.type == "cuda" and model is agent:
-            act = Graph(act)
-            update = Graph(update)
+            run_policy = Graph(run_policy)
+            run_train_step = Graph(run_train_step)
 
         replayed = args.batch_size * args.batch_length * run.num_processes  # steps per update
         steps_per_update = replayed / args.train_ratio  # agent steps
@@ -757,7 +757,8 @@ def main(args: Args) -> None:
         while run.step < args.total_timesteps and not run.stopped:
             # act on what arrived
             inputs = {key: torch.as_tensor(x).to(device) for key, x in obs.items()}
-            action, state = act(inputs, state, torch.as_tensor(is_first).to(device))
+            first = torch.as_tensor(is_first).to(device)
+            action, state = run_policy(inputs, state, first)
             action = decode_action(action, action_spec).cpu().numpy()
 
             # store it, with the action and the latent state
@@ -779,7 +780,7 @@ def main(args: Args) -> None:
             while run.step - run.trained >= steps_per_update and not run.stopped:
                 batch, index = replay.sample(args.batch_size)
                 batch = batch_to_device(batch, agent, device)
-                latents, metrics = update(batch)
+                latents, metrics = run_train_step(batch)
                 replay.update_latents(index, **stored_latents(*latents))
                 run.updates += 1
                 run.trained += steps_per_update
@@ -811,16 +812,19 @@ OLD_GYM_ERRORS = ("values to unpack", "reset() got an unexpected keyword argumen
 
 
 def find_spec(env_id: str) -> EnvSpec:
-    """Gymnasium's spec of an id, whose packages are imported first. Raises what that raises."""
+    """Gymnasium's spec of an id, whose packages are imported first. Raises what importing and
+    Gymnasium raise; UserError, which says what to install, where a known package is missing."""
     prefix = env_id.split("/")[0]
     try:
         if ":" in env_id:  # module:Id, whose import registers the id
             module, env_id = env_id.split(":", 1)
             import_module(module)
+        # ale_py has ids without a prefix too: PongNoFrameskip-v4
+        name = REGISTERED_BY.get(prefix, "ale_py")
         with warnings.catch_warnings():  # shimmy switches all DeprecationWarnings on
-            module = import_module(REGISTERED_BY.get(prefix, "ale_py"))
-        if hasattr(module, "register_envs"):
-            module.register_envs()
+            package = import_module(name)
+        if hasattr(package, "register_envs"):
+            package.register_envs()
         return gym.spec(env_id)
     except Exception as error:
         if prefix in INSTALL and "Did you mean" not in str(error):
@@ -1553,7 +1557,8 @@ class Run:
         """Weights, optimizer, replay and random state of a checkpoint."""
         agent.load_state_dict(state["agent"])
         optimizer = self.optimizer.state_dict()
-        optimizer["state"] = state["optimizer"]["state"]  # its hyperparameters come from the flags
+        # its hyperparameters come from the flags; a copy, which does not hold on to the file
+        optimizer["state"] = copy.deepcopy(state["optimizer"]["state"])
         self.optimizer.load_state_dict(optimizer)
         if self.num_processes == 1:
             torch.set_rng_state(state["torch_rng"])
@@ -1564,11 +1569,14 @@ class Run:
             self.replay.load_state_dict(state["replay"])  # the other processes draw anew
         made = f"step {self.step:,} after {self.updates:,} updates"
         print(f"resumed at {made}, {len(self.replay):,} steps in the replay buffer")
-        stored = smallest(self.replay.now) * self.all_envs
-        if stored > self.step:
-            print(f"{stored - self.step:,} steps were stored after the checkpoint; they are kept")
-            self.seed += stored - self.step  # not the same episodes once more
-        missing = self.args.learning_starts - stored
+        now = smallest(self.replay.now)
+        extra = (now - state["replay"]["now"]) * self.all_envs
+        if extra > 0:
+            print(f"{extra:,} steps were stored after the checkpoint; they are kept")
+            self.seed += extra  # not the same episodes once more
+        if self.updates == 0:  # --learning-starts may be lower than it was
+            self.trained = min(self.trained, max(self.step, self.args.learning_starts))
+        missing = self.args.learning_starts - now * self.all_envs
         if missing > 0:  # the buffer was not saved, or a process is new
             print(f"collecting {missing:,} steps before the next update")
             self.trained = self.step + missing
@@ -1621,9 +1629,10 @@ class Run:
                 self.lock.release()
             if self.agent is None and self.writes and not self.args.resume:  # nothing has begun
                 remove_folder(self.folder, len(self.path.parents) - 1)
-        if self.stopped:
-            resume = f"python dreamerv3.py --resume {self.path}"
-            print(f"stopped at step {self.step:,}; continue with: {resume}")
+        if self.stopped and kind is not NotFinite:
+            if self.agent is not None:
+                resume = f"python dreamerv3.py --resume {self.path}"
+                print(f"stopped at step {self.step:,}; continue with: {resume}")
             sys.exit(128 + self.stopped)
 
 
@@ -1638,7 +1647,7 @@ def smallest(number: int) -> int:
 
 class Log:
     """TensorBoard, episodes.csv, dreams, evaluations and the progress bar of a run. Under torchrun
-    only the first process writes."""
+    only the first process writes: its own episodes, and the losses of its part of the batch."""
 
     def __init__(self, args: Args, run: Run):
         self.args = args
@@ -1670,7 +1679,7 @@ class Log:
     def start_window(self) -> None:
         """Forget the metrics that have been recorded."""
         self.metrics = []  # of every update since, on the device
-        self.updating = 0.0  # seconds in updates since
+        self.updating = 0.0  # seconds of sampling, updates and dreams since
         self.window_began = time.time()
         self.window_step = self.run.step
         self.window_updates = self.run.updates
@@ -1858,7 +1867,7 @@ def save_atomically(state: dict, path: Path) -> None:
 
 
 def make_replay(args: Args, agent: Agent, run: Run) -> Replay:
-    """The replay buffer of one process, in the run folder or in RAM."""
+    """The replay buffer of one process, in the run folder or in RAM. Resolves args.buffer_size."""
     layout = {f"obs/{key}": (spec.shape, spec.dtype) for key, spec in agent.specs.items()}
     if agent.action.nvec:
         layout["action"] = ((len(agent.action.nvec),), np.int32)

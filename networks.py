@@ -132,8 +132,8 @@ class TwoHot(nn.Module):
         each pair into a multiply-add. That product keeps its full precision, the other is rounded
         to float32. The bins reach 4.85e8, so while the far ones have mass the error is not small;
         uniform logits give up to 0.17 in size, which the last digit of the softmax decides.
-        Learning depends on it, because the optimizer ignores the size of gradients: without the
-        noise, differences of 1e-8 move the actor at full speed before anything is known.
+        The first updates depend on it, because the optimizer ignores the size of gradients: without
+        the noise, differences of 1e-8 move the actor at full speed before anything is known.
 
         Mirrored probabilities that differ by less than 2^-18 of their size, 32 units in the last
         place, count as equal: sums in another order make such differences, and one unit is worth
@@ -148,9 +148,9 @@ class TwoHot(nn.Module):
         difference = torch.where(difference.abs() <= 2.0**-18 * high, 0.0, difference)
         terms = difference * bins
         if self.rounded:
-            rounded = (high * bins).double()
-            exact = high.double() * bins.double()  # 24 x 24 bits fit into the 53 of float64
-            terms = terms + (rounded - exact).float()
+            product = (high * bins).double()
+            exact_product = high.double() * bins.double()  # 24 x 24 bits fit into float64's 53
+            terms = terms + (product - exact_product).float()
         mean = terms.sum(-1)  # (…,)
         return symexp(mean) if self.symlog_targets else mean
 

@@ -3478,6 +3478,27 @@ def test_flags_override_those_of_the_run(program, finished):
     assert saved(finished)["args"]["learning_rate"] == 1e-3
 
 
+def test_learning_starts_can_be_lowered_before_the_first_update(program):
+    """A run that is to learn from step 100 on stands at step 60; then an update every 2 steps."""
+    folder = program.train(env_id="DreamerChain-v0", total_timesteps=60, learning_starts=60)
+    state = saved(folder)
+    state["trained"] = 100
+    torch.save(state, folder / "checkpoint.pt")
+    program.resume(folder, total_timesteps=80, learning_starts=50)
+    assert counters(folder) == (80, 10)
+
+
+def test_steps_that_were_stored_after_a_checkpoint_are_told_once(program, finished):
+    """Without the last checkpoint, of step 70, those of steps 61 to 70 are such."""
+    checkpoint = (finished / "checkpoint.pt").read_bytes()
+    program.resume(finished, total_timesteps=70)
+    (finished / "checkpoint.pt").write_bytes(checkpoint)
+    program.resume(finished, total_timesteps=80)
+    assert "10 steps were stored after the checkpoint; they are kept" in program.out
+    program.resume(finished, total_timesteps=90)
+    assert "were stored after the checkpoint" not in program.out
+
+
 def test_the_learning_rate_of_the_flags_is_that_of_the_updates(program, finished):
     more = {"learning_rate": 1e-3, "warmup_updates": 1, "log_frequency": 10}
     program.resume(finished, total_timesteps=70, **more)
@@ -3549,6 +3570,18 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(program, finished,
     with pytest.raises(FloatingPointError, match="not finite"):
         program.resume(finished, total_timesteps=70, checkpoint_frequency=5, cudagraphs=False)
     assert counters(finished) == (65, 12)
+
+
+def test_a_model_that_diverged_leaves_no_trace_in_the_replay_buffer(program, finished, monkeypatch):
+    """The run goes on from its last checkpoint."""
+    with monkeypatch.context() as patch:
+        make_third_update_nan(patch)
+        with pytest.raises(FloatingPointError, match="a latent state is not finite"):
+            program.resume(finished, total_timesteps=80, log_frequency=1000, cudagraphs=False)
+    assert stored_steps(finished) == 66
+    assert np.isfinite(stored(finished, "deter")).all()
+    program.resume(finished, total_timesteps=80)
+    assert counters(finished) == (80, 20)
 
 
 def replace_metric(monkeypatch, name: str, values: list[float]) -> None:
