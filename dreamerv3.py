@@ -1482,10 +1482,10 @@ def use_compiler(wanted: bool, device: torch.device) -> None:
 class Run:
     """One training run: its folder, counters and checkpoints, and the signals that stop it.
 
-    `with Run(args) as run:` locks the folder. At the end, also when an exception ends the block, it
-    saves a checkpoint, unless the weights are not finite. Raises UserError when the folder cannot
-    be read or another process trains there. Under torchrun the first process writes for all, and a
-    signal or a failure ends the run at its last checkpoint.
+    `with Run(args) as run:` locks the folder. At the end, also after an exception, it saves a
+    checkpoint, unless the model diverged. Raises UserError when the folder cannot be read or
+    another process trains there. Under torchrun the first process writes for all, and a signal or a
+    failure ends the run at its last checkpoint.
     """
 
     def __init__(self, args: Args):
@@ -1506,7 +1506,7 @@ class Run:
         self.video_folder = Path("videos", run_name(self.folder, args)).resolve()
 
     def __enter__(self) -> "Run":
-        seconds = 0.0  # of training before this program began
+        self.began = time.time()
         if self.writes:
             self.lock = lock_folder(self.folder, self.args)
         if self.args.resume:
@@ -1517,8 +1517,7 @@ class Run:
                 self.step = self.state["step"]
                 self.updates = self.state["updates"]
                 self.trained = self.state["trained"]
-                seconds = self.state["seconds"]
-        self.began = time.time() - seconds
+                self.began -= self.state["seconds"]  # as if it had never paused
         self.seed = self.args.seed + 1000 * self.rank + self.step  # of the environments
         if self.num_processes == 1 and threading.current_thread() is threading.main_thread():
             self.catch_signals()
@@ -1556,9 +1555,8 @@ class Run:
     def load(self, agent: Agent, state: dict) -> None:
         """Weights, optimizer, replay and random state of a checkpoint."""
         agent.load_state_dict(state["agent"])
-        optimizer = self.optimizer.state_dict()
-        # its hyperparameters come from the flags; a copy, which does not hold on to the file
-        optimizer["state"] = copy.deepcopy(state["optimizer"]["state"])
+        optimizer = self.optimizer.state_dict()  # with the hyperparameters of the flags
+        optimizer["state"] = copy.deepcopy(state["optimizer"]["state"])  # lets go of the file
         self.optimizer.load_state_dict(optimizer)
         if self.num_processes == 1:
             torch.set_rng_state(state["torch_rng"])
@@ -1574,16 +1572,13 @@ class Run:
         if extra > 0:
             print(f"{extra:,} steps were stored after the checkpoint; they are kept")
             self.seed += extra  # not the same episodes once more
-        if self.updates == 0:  # --learning-starts may be lower than it was
-            self.trained = min(self.trained, max(self.step, self.args.learning_starts))
         missing = self.args.learning_starts - now * self.all_envs
         if missing > 0:  # the buffer was not saved, or a process is new
             print(f"collecting {missing:,} steps before the next update")
             self.trained = self.step + missing
 
     def save(self) -> None:
-        """Write checkpoint.pt, and with --save-model model.pt. Raises NotFinite, and writes
-        nothing, when a weight is not finite."""
+        """Write checkpoint.pt, with --save-model model.pt too, or raise NotFinite."""
         if not math.isfinite(global_norm(self.agent.trained())):
             raise NotFinite(f"a weight is not finite at step {self.step}: not saved")
         if not self.writes:

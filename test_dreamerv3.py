@@ -3478,16 +3478,6 @@ def test_flags_override_those_of_the_run(program, finished):
     assert saved(finished)["args"]["learning_rate"] == 1e-3
 
 
-def test_learning_starts_can_be_lowered_before_the_first_update(program):
-    """A run that is to learn from step 100 on stands at step 60; then an update every 2 steps."""
-    folder = program.train(env_id="DreamerChain-v0", total_timesteps=60, learning_starts=60)
-    state = saved(folder)
-    state["trained"] = 100
-    torch.save(state, folder / "checkpoint.pt")
-    program.resume(folder, total_timesteps=80, learning_starts=50)
-    assert counters(folder) == (80, 10)
-
-
 def test_steps_that_were_stored_after_a_checkpoint_are_told_once(program, finished):
     """Without the last checkpoint, of step 70, those of steps 61 to 70 are such."""
     checkpoint = (finished / "checkpoint.pt").read_bytes()
