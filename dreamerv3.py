@@ -701,10 +701,12 @@ def train_step(model: nn.Module, optimizer: LaProp, batch: dict, args: Args):
 def stored_latents(deter: Tensor, stoch: Tensor) -> dict[str, np.ndarray]:
     """deter (…, D), stoch (…, S, K) as the replay buffer keeps them: float16, class indices.
     Raises NotFinite rather than let a diverged model into the buffer."""
-    deter = deter.half().cpu().numpy()
-    if not np.isfinite(deter).all():
+    if not math.isfinite(deter.sum()):  # of numbers in [-1, 1]; quicker than to look at each
         raise NotFinite("a latent state is not finite")
-    return {"deter": deter, "stoch": stoch.argmax(-1).byte().cpu().numpy()}
+    return {
+        "deter": deter.half().cpu().numpy(),
+        "stoch": stoch.argmax(-1).byte().cpu().numpy(),
+    }
 
 
 def batch_to_device(batch: dict[str, np.ndarray], agent: Agent, device: torch.device) -> dict:
@@ -1296,9 +1298,13 @@ def is_valid(x: np.ndarray, space: gym.Space, spec: ObsSpec) -> bool:
     if spec.is_image:
         return kind == "u"
     if spec.classes:
+        if kind not in "iub":
+            return False
         value = x if x.ndim else x.item()  # of an int, Discrete checks the value, not the dtype
-        return kind in "iub" and space.contains(value)
-    return kind in "iubf" and bool(np.isfinite(x.astype(np.float32)).all())
+        return space.contains(value)
+    if kind not in "iubf":
+        return False
+    return bool(np.isfinite(x.astype(np.float32)).all())
 
 
 # === 10. Command line, device =====================================================================
@@ -1411,7 +1417,7 @@ def is_json_object(text: str) -> bool:
 def set_up_torch(args: Args) -> torch.device:
     """Join the processes of torchrun, check the flags, choose the device, which it prints, resolve
     the `auto` flags for it, set torch's switches and all seeds."""
-    cuda = args.cuda and torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and args.cuda
     rank = 0
     if dist.is_torchelastic_launched():
         if cuda:
@@ -1578,7 +1584,7 @@ class Run:
             self.trained = self.step + missing
 
     def save(self) -> None:
-        """Write checkpoint.pt, with --save-model model.pt too, or raise NotFinite."""
+        """Write checkpoint.pt (and model.pt). Raises NotFinite if a weight is not finite."""
         if not math.isfinite(global_norm(self.agent.trained())):
             raise NotFinite(f"a weight is not finite at step {self.step}: not saved")
         if not self.writes:

@@ -3574,6 +3574,28 @@ def test_a_model_that_diverged_leaves_no_trace_in_the_replay_buffer(program, fin
     assert counters(finished) == (80, 20)
 
 
+def test_a_model_that_diverges_while_its_run_is_stopped_is_no_stop(program, finished, monkeypatch):
+    def update(log, metrics):
+        log.run.stopped = signal.SIGTERM
+        raise dreamerv3.NotFinite("diverged")
+
+    monkeypatch.setattr(dreamerv3.Log, "update", update)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        program.resume(finished, total_timesteps=70)
+
+
+def test_a_signal_before_a_run_has_begun_promises_no_checkpoint(program, monkeypatch):
+    def make_replay(args, agent, run):
+        run.stopped = signal.SIGTERM
+        raise dreamerv3.UserError("no space")
+
+    monkeypatch.setattr(dreamerv3, "make_replay", make_replay)
+    status = program.call(**dict(QUICK, env_id="DreamerChain-v0"))
+    assert status == 128 + signal.SIGTERM
+    assert "continue with" not in program.out
+    assert not list(program.folder.glob("runs/*"))
+
+
 def replace_metric(monkeypatch, name: str, values: list[float]) -> None:
     """Let the metric of successive updates have these values."""
     train_step = dreamerv3.train_step
