@@ -6291,6 +6291,25 @@ def test_first_updates_are_written_as_they_were_recorded(run, tmp_path):
     np.testing.assert_allclose(rows, expected)
 
 
+def test_mean_actions_come_from_the_steps_that_are_stored(run, tmp_path):
+    replay = run / "replay"
+    replay.mkdir()
+    action = np.full((2, 600, 3), 9.0, np.float32)  # 2 environments, 600 slots
+    action[:, :256] = [0.5, -1.0, 2.0]
+    action[0, 256:512] = [0.0, 1.0, 3.0]
+    action[1, 256:512] = [1.0, 0.0, 3.0]
+    reward = np.zeros((2, 600), np.float32)
+    reward[1, 256:512] = 0.5
+    np.save(replay / "action.npy", action)
+    np.save(replay / "reward.npy", reward)
+    np.save(replay / "clock.npy", np.array([520]))
+    write_events(run, 0, [(250, 1.0)])
+    extract.extract(run, "name", tmp_path, actions=True)
+    rows = numbers(tmp_path / "name_actions.csv")
+    # a third window would need 768 slots in all
+    assert rows == [[512, 0, 0.5, -1, 2], [1024, 0.25, 0.5, 0.5, 3]]
+
+
 def test_episodes_of_steps_that_were_made_again_count_once(run, tmp_path):
     with open(run / "episodes.csv", "a") as file:
         file.write("1502,3004,9,500,5.0\n")

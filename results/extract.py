@@ -1,4 +1,4 @@
-"""Write the numbers of a run into results/: python results/extract.py RUN_FOLDER NAME [--advantage]
+"""Write the numbers of a run into results/: python results/extract.py RUN_FOLDER NAME [flags]
 
 NAME.csv: the episodes, as the program wrote them.
 NAME_losses.csv: means over windows of 250 updates of losses, behavior and world model metrics, and
@@ -6,6 +6,8 @@ of the gradient norm; `updates` and `global_step` are those at the end of a wind
 NAME_evals.csv: the evaluations, if there are any.
 NAME_advantage.csv, with --advantage: advantage_mag in the first 2,500 updates as TensorBoard has
 it, which is a mean over --log-frequency agent steps (50 updates at train ratio 512).
+NAME_actions.csv, with --actions: of every 512 agent steps the mean action, as the actor gave it
+(not clipped), and the mean reward, from the replay buffer of a run that has not filled it.
 
 A folder with a `metrics.jsonl` is a run of the official code. Its episodes and its losses, which
 are means over a minute, go into results/official/.
@@ -26,6 +28,7 @@ WINDOW = 250
 FIRST_UPDATES = 2_500
 PREFIXES = ("losses/", "behavior/", "world_model/", "optim/grad_norm")
 ADVANTAGE = "behavior/advantage_mag"
+ACTION_WINDOW = 512
 
 
 class Record(NamedTuple):
@@ -129,6 +132,21 @@ def advantage_rows(records: list[Record]) -> list[list]:
     return rows
 
 
+def action_rows(replay: Path) -> list[list]:
+    """A header and one row for every 512 agent steps of a replay buffer's folder."""
+    stored = int(np.load(replay / "clock.npy")[0])  # steps of each environment
+    action = np.load(replay / "action.npy", mmap_mode="r")  # (environments, slots, A)
+    reward = np.load(replay / "reward.npy", mmap_mode="r")  # (environments, slots)
+    num_envs, _, size = action.shape
+    width = ACTION_WINDOW // num_envs  # slots of a window
+    rows = [["global_step", "reward", *(f"action_{i}" for i in range(size))]]
+    for end in range(width, stored + 1, width):
+        window = slice(end - width, end)
+        means = [reward[:, window].mean(), *action[:, window].mean((0, 1))]
+        rows.append([end * num_envs, *(f"{mean:.4g}" for mean in means)])
+    return rows
+
+
 def latest(rows: list[list], column: int = 0) -> list[list]:
     """Rows in the order of time, without those that a later row of an earlier step replaces."""
     kept = []
@@ -165,7 +183,9 @@ def write(path: Path, rows: list[list]) -> None:
     print(f"{path.name}: {len(rows) - 1} rows")
 
 
-def extract(folder: Path, name: str, to: Path, advantage: bool = False) -> None:
+def extract(
+    folder: Path, name: str, to: Path, advantage: bool = False, actions: bool = False
+) -> None:
     """Write the CSVs of a run of this repository."""
     files = read_events(folder)
     records = read_records(files)
@@ -176,6 +196,8 @@ def extract(folder: Path, name: str, to: Path, advantage: bool = False) -> None:
         write(to / f"{name}_evals.csv", evaluations)
     if advantage:
         write(to / f"{name}_advantage.csv", advantage_rows(records))
+    if actions:
+        write(to / f"{name}_actions.csv", action_rows(folder / "replay"))
 
 
 def extract_official(folder: Path, name: str, to: Path) -> None:
@@ -191,11 +213,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("name")
     parser.add_argument("--advantage", action="store_true")
+    parser.add_argument("--actions", action="store_true")
     args = parser.parse_args()
     if (args.folder / "metrics.jsonl").exists():
         extract_official(args.folder, args.name, HERE / "official")
     else:
-        extract(args.folder, args.name, HERE, args.advantage)
+        extract(args.folder, args.name, HERE, args.advantage, args.actions)
 
 
 if __name__ == "__main__":
