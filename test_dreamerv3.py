@@ -5874,7 +5874,7 @@ extract = importlib.import_module("extract")
 plot = importlib.import_module("plot")
 
 PAGES = [ROOT / "README.md", *sorted(RESULTS.glob("*.md"))]
-SUFFIX = r"_(losses|evals|advantage|pairs)$"
+SUFFIX = r"_(losses|evals|advantage|pairs|actions)$"
 
 
 # === The gate =====================================================================================
@@ -6034,8 +6034,9 @@ def copied(tmp_path):
     """The results without runs of ours, and with one official seed of finger-spin."""
     folder = tmp_path / "results"
     shutil.copytree(RESULTS, folder)
-    for path in folder.glob("*parity*.csv"):
-        path.unlink()
+    for pattern in ("*parity*.csv", "*first_steps*.csv"):
+        for path in folder.glob(pattern):
+            path.unlink()
     for path in folder.glob("official/*official_seed[23]*.csv"):
         path.unlink()
     return Results(folder)
@@ -6197,6 +6198,35 @@ def test_finger_spin_is_compared_with_three_official_seeds(copied, factor, expec
     text = compare.compare_finger(copied)
     assert verdict_of(text, "mean returns by 2,500 agent steps") == expected
     assert verdict_of(text, "losses/critic") == "agrees"
+
+
+def test_the_largest_component_of_the_mean_action_is_that_of_the_last_window(copied):
+    text = compare.compare_rounding(copied)
+    name = "walker-walk: largest component of the mean action, steps 3,585 to 4,096"
+    assert f"| {name}: exact | not known | none | not yet | none |" in text
+    columns = {
+        "global_step": [3584, 4096, 4608],
+        "reward": [9, 9, 9],
+        "action_0": [0.8, 0.1, 0.9],
+        "action_1": [0.2, -0.25, 0.9],
+    }
+    write_columns(copied.path(compare.WALKER_EXACT, "_actions"), columns)
+    text = compare.compare_rounding(copied)
+    assert f"| {name}: rounded | not known | none | not yet | none |" in text
+    assert f"| {name}: exact | not known | none | 0.25 | none |" in text
+
+
+def test_the_first_updates_of_walker_walk_are_means_over_the_official_windows(copied):
+    text = compare.compare_walker(copied)
+    assert "| losses/critic | 4.019 | not yet | 3.001 | not yet |" in text
+    updates = np.arange(250, 2001, 250)
+    losses = dict.fromkeys(compare.WALKER_A6000_METRICS, updates)
+    write_columns(copied.path(compare.WALKER_ROUNDED, "_losses"), {"updates": updates, **losses})
+    text = compare.compare_walker(copied)
+    # (250 * (250 + 500 + 750) + 34 * 1,000) / 784, and
+    # (216 * 1,000 + 250 * (1,250 + 1,500 + 1,750) + 218 * 2,000) / 1,184 with 784 + 1,184 = 1,968
+    assert "updates 1 to 784: official | ours | updates 785 to 1,968: official | ours |" in text
+    assert "| losses/critic | 4.019 | 521.7 | 3.001 | 1,501 |" in text
 
 
 # === Extraction ===================================================================================

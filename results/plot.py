@@ -170,27 +170,35 @@ def cartpole_16envs(results: Results) -> Figure:
     return figure
 
 
-def cartpole(results: Results) -> Figure:
-    """Returns and value of the runs with one environment."""
-    official = [compare.CARTPOLE_OFFICIAL]
-    same = [compare.CARTPOLE]
-    default = [compare.CARTPOLE_DEFAULT]
-    results.check([*official, *same], [])
-    results.check([*official, *default], compare.DEFAULT_TOLERATES)
-    figure, axes = panels(2)
-    draw_curves(axes[0], returns(results, official, 20), "official", "black")
-    draw_curves(axes[0], returns(results, same, 20), "ours, same protocol", OURS)
-    draw_curves(axes[0], returns(results, default, 20), "ours, default flags", DEFAULT)
-    title = "CartPole-v1, 1 environment"
-    finish(axes[0], title, "agent steps", "return, mean of 20 episodes")
-    theirs = metric(results, official, "updates", "value_mean")
-    draw_curves(axes[1], theirs, "official", "black")
+def cartpole_returns(ax: Axes, results: Results) -> None:
+    """Training returns of the official run and of ours by its protocol."""
+    results.check([compare.CARTPOLE_OFFICIAL, compare.CARTPOLE], [])
+    draw_curves(ax, returns(results, [compare.CARTPOLE_OFFICIAL], 20), "official", OFFICIAL)
+    draw_curves(ax, returns(results, [compare.CARTPOLE], 20), "ours", OURS)
+    finish(ax, "CartPole-v1, 1 environment", "agent steps", "return, mean of 20 episodes")
+
+
+def cartpole_value(ax: Axes, results: Results) -> None:
+    """The imagined value of the official run and of ours by its protocol."""
+    results.check([compare.CARTPOLE_OFFICIAL, compare.CARTPOLE], [])
     name = "behavior/value_mean"
-    ours = metric(results, same, "updates", name)
-    draw_curves(axes[1], middle(ours), "ours, same protocol", OURS)
-    ours = metric(results, default, "updates", name)
-    draw_curves(axes[1], middle(ours), "ours, default flags", DEFAULT)
-    finish(axes[1], name, "updates", "")
+    theirs = metric(results, [compare.CARTPOLE_OFFICIAL], "updates", "value_mean")
+    draw_curves(ax, theirs, "official", OFFICIAL)
+    ours = metric(results, [compare.CARTPOLE], "updates", name)
+    draw_curves(ax, middle(ours), "ours", OURS)
+    finish(ax, f"CartPole-v1, {name}", "updates", "")
+
+
+def cartpole(results: Results) -> Figure:
+    """Returns and value of the runs with one environment, also of the one with default flags."""
+    default = [compare.CARTPOLE_DEFAULT]
+    results.check([compare.CARTPOLE_OFFICIAL, *default], compare.DEFAULT_TOLERATES)
+    figure, axes = panels(2)
+    draw_curves(axes[0], returns(results, default, 20), "ours, default flags", DEFAULT)
+    cartpole_returns(axes[0], results)
+    value = metric(results, default, "updates", "behavior/value_mean")
+    draw_curves(axes[1], middle(value), "ours, default flags", DEFAULT)
+    cartpole_value(axes[1], results)
     return figure
 
 
@@ -215,7 +223,8 @@ def walker_returns(ax: Axes, results: Results) -> None:
 
 def walker_metric(ax: Axes, results: Results, name: str, others: list[str]) -> None:
     """A metric of our runs and of the official ones that have it, up to 30,000 updates."""
-    names = [compare.WALKER_OFFICIAL, *others, *compare.WALKER]
+    our_runs = [*compare.WALKER, compare.WALKER_ROUNDED]
+    names = [compare.WALKER_OFFICIAL, *others, *our_runs]
     results.check(names, compare.WALKER_TOLERATES)
     (key,) = compare.WALKER_METRICS[name]
     data = results.read(compare.WALKER_OFFICIAL, "_losses")
@@ -228,7 +237,7 @@ def walker_metric(ax: Axes, results: Results, name: str, others: list[str]) -> N
         ends = np.concatenate([[0], data["env_step"] - 2048])
         official.append(((ends[1:] + ends[:-1]) / 2, data[key]))
     draw_curves(ax, official, "official", OFFICIAL)
-    ours = middle(metric(results, compare.WALKER, "updates", name))
+    ours = middle(metric(results, our_runs, "updates", name))
     draw_curves(ax, ours, "ours", OURS)
     ax.set_xlim(0, 30_000)
     finish(ax, name, "updates", "")
@@ -281,8 +290,8 @@ def pong(results: Results) -> Figure | None:
 def learning(results: Results) -> Figure:
     """The overview of the README."""
     figure, axes = panels(3)
-    cartpole_evaluations(axes[0], results)
-    walker_returns(axes[1], results)
+    cartpole_returns(axes[0], results)
+    cartpole_value(axes[1], results)
     finger_returns(axes[2], results)
     return figure
 
