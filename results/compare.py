@@ -617,13 +617,16 @@ def walker_windows(results: Results) -> list[list]:
 def walker_first_updates(results: Results) -> list[list]:
     """Losses in the first two windows of the official run on an A6000, which no rule judges."""
     data = results.read(WALKER_A6000, "_losses")
-    borders = [0, *(data["env_step"][:2] - 2048)]
-    first, second = (f"updates {a + 1:,.0f} to {b:,.0f}" for a, b in itertools.pairwise(borders))
+    first, second = data["env_step"][:2] - 2048  # updates at which the windows end
+    begins = f"updates 1 to {first:,.0f}: official"
+    goes_on = f"updates {first + 1:,.0f} to {second:,.0f}: official"
     losses = results.read(WALKER_ROUNDED, "_losses")
-    rows = [["loss", f"{first}: official", "ours", f"{second}: official", "ours"]]
+    rows = [["loss", begins, "ours", goes_on, "ours"]]
     for name, key in WALKER_A6000_METRICS.items():
         theirs = data[key]
-        ours = [None, None] if losses is None else between(losses, name, borders)
+        ours = [None, None]
+        if losses is not None:
+            ours = between(losses, name, [0, first, second])
         rows.append([name, *map(number, (theirs[0], ours[0], theirs[1], ours[1]))])
     return rows
 
