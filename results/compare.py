@@ -426,6 +426,8 @@ def ablation_returns(results: Results) -> list[list]:
     episodes = results.read(FINGER_EXACT)
     if episodes is not None:
         until = float(episodes["global_step"][-1])
+        if crossed[0] == math.inf:
+            rows[1][1] = f"not by step {number(until)}"
         there = passing_and_end(results, FINGER[0], until)[1]
         rows[3][1] += f" at step {number(until)}, where the official seed 1 has {number(there)}"
     return [[*row, verdict] for row, verdict in zip(rows, verdicts, strict=True)]
