@@ -6200,6 +6200,17 @@ def test_finger_spin_is_compared_with_three_official_seeds(copied, factor, expec
     assert verdict_of(text, "losses/critic") == "agrees"
 
 
+@pytest.mark.parametrize(("level", "cell"), [(50, "not by step 15,000"), (51, "2,500")])
+def test_an_official_run_that_does_not_pass_50_is_named_with_its_last_step(copied, level, cell):
+    steps = np.arange(500, 15_001, 500)
+    columns = {"global_step": steps, "return": np.full(len(steps), level)}
+    write_columns(copied.path(compare.FINGER_EXACT), columns)
+    text = compare.compare_rounding(copied)
+    name = "agent step at which the mean of 5 episodes passes 50: exact"
+    assert f"| {name} | {cell} |  | not yet |  |" in text
+    assert f"| mean return of the last 10 episodes: exact | {level} at step 15,000, where" in text
+
+
 def test_the_largest_component_of_the_mean_action_is_that_of_the_last_window(copied):
     text = compare.compare_rounding(copied)
     name = "walker-walk: largest component of the mean action, steps 3,585 to 4,096"

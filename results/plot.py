@@ -121,7 +121,7 @@ def finger_spin(results: Results) -> Figure:
     results.check(names, compare.ROUNDING_TOLERATES)
     figure, axes = panels(3)
     finger_ablation(axes[0], results)
-    finger_metric(axes[1], results, "behavior/advantage_mag", 7000)
+    finger_metric(axes[1], results, "behavior/advantage_mag", 12_000)
     finger_metric(axes[2], results, "behavior/actor_entropy", 7000)
     return figure
 
