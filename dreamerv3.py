@@ -196,7 +196,7 @@ class Args:
 
     # Replay
     buffer_size: int = 1_000_000
-    """steps kept per training process; never more than its share of total_timesteps"""
+    """steps kept per training process: at most its share of total_timesteps, at least a batch"""
     replay_windows: Literal["episode", "stream"] = "episode"
     """a sequence that comes to an episode's end begins the same episode again, or runs on into the
     next one (official code)"""
@@ -270,7 +270,7 @@ class Agent(nn.Module):
         self.return_norm = ReturnNorm()
 
     def forward(self, batch: dict, args: Args):
-        """What DistributedDataParallel calls."""
+        """`loss`, as a call of the module, through which DistributedDataParallel goes."""
         return loss(self, batch, args)
 
     def trained(self) -> list[nn.Parameter]:
@@ -638,10 +638,12 @@ def loss(agent: Agent, batch: dict, args: Args):
     # losses on imagined states do not train the world model
     starts = [x.flatten(0, 1) for x in latents]  # (N, D), (N, S, K)
     imagined, action = imagine(agent, *starts, args.imagination_horizon)
-    actor, critic, returns, behavior = actor_critic_loss(agent, imagined, action, args)
-    losses["actor"] = actor
-    losses["critic"] = critic
-    metrics.update(behavior)
+    actor_loss, value_loss, returns, behavior_metrics = actor_critic_loss(
+        agent, imagined, action, args
+    )
+    losses["actor"] = actor_loss
+    losses["critic"] = value_loss
+    metrics.update(behavior_metrics)
 
     # critic, on the replayed sequences, with the imagined returns as values; this loss does train
     # the world model, through the features
@@ -777,7 +779,7 @@ def main(args: Args) -> None:
             is_first = is_last  # of the stored step: what follows a last step comes from a reset
             log.episodes(infos)
 
-            # learn; run.trained, at first learning_starts, is the step that updates have reached
+            # learn: updates are made up to step run.trained, which begins at learning_starts
             began = time.time()
             while run.step - run.trained >= steps_per_update and not run.stopped:
                 batch, index = replay.sample(args.batch_size)
@@ -1095,7 +1097,7 @@ NOT_AN_IMAGE = (
 
 def looks_like_image(space: gym.Space) -> bool:
     """Whether two of its axes are as long as those of images."""
-    return isinstance(space, spaces.Box) and sum(n >= 16 for n in space.shape) >= 2
+    return isinstance(space, spaces.Box) and len([n for n in space.shape if n >= 16]) >= 2
 
 
 def array_space(spec: ObsSpec) -> spaces.Box:
@@ -1313,7 +1315,7 @@ class UserError(Exception):
 
 
 class NotFinite(FloatingPointError):
-    """A loss or a weight is not finite: the run ends without another checkpoint."""
+    """A metric, a latent or a weight is not finite: the run ends without another checkpoint."""
 
 
 @contextmanager
@@ -1363,19 +1365,19 @@ def check_args(args: Args) -> None:
     """Raise UserError when a flag has an impossible value."""
     num_processes = dist.get_world_size() if dist.is_initialized() else 1
     num_envs = args.num_envs * num_processes
-    first = args.batch_length * num_envs
-    total = (args.batch_length + 1) * num_envs
-    batch = args.batch_length * args.batch_size
-    row = (args.batch_length + 1) * args.num_envs
-    buffer = max(row, batch)
+    least_start = args.batch_length * num_envs
+    least_total = (args.batch_length + 1) * num_envs
+    one_batch = args.batch_length * args.batch_size
+    one_window = (args.batch_length + 1) * args.num_envs
+    least_buffer = max(one_batch, one_window)
     rules = [
         ("num_envs", args.num_envs > 0, "positive"),
         ("batch_size", args.batch_size > 0, "positive"),
         ("batch_length", args.batch_length > 1, "at least 2"),
         (
             "total_timesteps",
-            args.total_timesteps >= total,
-            f"at least {total}, a sequence and a step each",
+            args.total_timesteps >= least_total,
+            f"at least {least_total}, a sequence and a step each",
         ),
         ("unimix", args.unimix < 1, "below 1"),
         ("actor_unimix", args.actor_unimix < 1, "below 1"),
@@ -1387,9 +1389,13 @@ def check_args(args: Args) -> None:
         ("learning_rate", args.learning_rate > 0, "positive"),
         ("clip", args.clip > 0, "positive"),
         ("train_ratio", args.train_ratio > 0, "positive"),
-        ("learning_starts", args.learning_starts >= first, f"at least {first}, a sequence each"),
+        (
+            "learning_starts",
+            args.learning_starts >= least_start,
+            f"at least {least_start}, a sequence each",
+        ),
         ("learning_starts", args.learning_starts <= args.total_timesteps, "at most the total"),
-        ("buffer_size", args.buffer_size >= buffer, f"at least {buffer}"),
+        ("buffer_size", args.buffer_size >= least_buffer, f"at least {least_buffer}"),
         ("image_size", args.image_size in range(48, 257, 16), "a multiple of 16 from 48 to 256"),
         ("log_frequency", args.log_frequency > 0, "positive"),
         ("eval_episodes", args.eval_episodes > 0, "positive"),
@@ -1491,7 +1497,7 @@ class Run:
     `with Run(args) as run:` locks the folder. At the end, also after an exception, it saves a
     checkpoint, unless the model diverged. Raises UserError when the folder cannot be read or
     another process trains there. Under torchrun the first process writes for all, and a signal or a
-    failure ends the run at its last checkpoint.
+    failure of another process ends the run at its last checkpoint.
     """
 
     def __init__(self, args: Args):
@@ -1616,7 +1622,7 @@ class Run:
         return self.video_folder / kind if self.args.capture_video and self.writes else None
 
     def due(self, frequency: int) -> bool:
-        """Whether this step is the first after a multiple of `frequency` steps; 0: never."""
+        """Whether this step is the first at or after a multiple of `frequency`; 0: never."""
         return frequency > 0 and self.step % frequency < self.all_envs
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -1883,7 +1889,9 @@ def make_replay(args: Args, agent: Agent, run: Run) -> Replay:
     gigabytes = args.buffer_size * Replay.bytes_per_step(layout) / 1e9
     print(f"replay: {args.buffer_size:,} steps take {gigabytes:.2f} GB")
 
-    folder = run.folder / f"replay{run.rank or ''}" if args.persist_replay else None
+    folder = None
+    if args.persist_replay:
+        folder = run.folder / ("replay" if run.rank == 0 else f"replay{run.rank}")
     with blame(f"--buffer-size {args.buffer_size}: no replay buffer in {run.folder}"):
         return Replay(
             args.buffer_size,
@@ -1973,7 +1981,7 @@ def evaluate(
             obs, _ = env.reset(seed=seed)
         state = agent.rssm.initial(1)
         is_first = True
-        while len(returns) < episodes and not (run and run.stopped):
+        while len(returns) < episodes and (run is None or not run.stopped):
             inputs = {key: torch.as_tensor(x[None]).to(device) for key, x in obs.items()}
             first = torch.tensor([is_first], device=device)
             action, state = policy(agent, inputs, state, first, mode=mode)

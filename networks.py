@@ -1,7 +1,8 @@
 """Networks of DreamerV3 (Hafner et al., Nature 2025): what the equations in dreamerv3.py call.
 
-From top to bottom: symlog and twohot, distributions, layers, encoder, recurrent state-space model
-(RSSM), decoder. Nothing here knows about loss weights, flags or the replay buffer.
+From top to bottom: what observations, actions and sizes are; symlog and twohot, distributions,
+layers (with the actor), encoder, recurrent state-space model (RSSM), decoder. Nothing here knows
+about loss weights, flags or the replay buffer.
 
 Symbols: B batch, T sequence length, N any flat batch, D deterministic state, S groups, K classes
 per group, E encoder output, A action size, G blocks, V bins, U units, C channels; "…" stands for
@@ -51,8 +52,8 @@ def split_keys(specs: dict[str, ObsSpec]) -> tuple[list[str], list[str]]:
 
 
 class ActionSpec(NamedTuple):
-    """Flat actions: one-hot vectors of `nvec` classes side by side, or, with nvec (), `size` real
-    numbers."""
+    """Flat actions of `size` numbers (A): one-hot vectors of `nvec` classes side by side, or, with
+    nvec (), real numbers."""
 
     nvec: tuple[int, ...]
     size: int
@@ -101,8 +102,8 @@ class TwoHot(nn.Module):
         if space == "symexp":
             half = symexp(half)
         half = half.float()
-        bins = torch.cat([half, -half[:-1].flip(0)])  # (V,), exactly symmetric
-        self.register_buffer("bins", bins, persistent=False)
+        symmetric = torch.cat([half, -half[:-1].flip(0)])  # (V,), exactly
+        self.register_buffer("bins", symmetric, persistent=False)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy between logits (…, V) and the twohot encoding of target (…,): -> (…,).
@@ -141,15 +142,15 @@ class TwoHot(nn.Module):
         """
         probs = logits.float().softmax(-1)
         half = len(self.bins) // 2
-        low = probs[..., :half].flip(-1)  # (…, half), of the bin at -bins
+        low = probs[..., :half].flip(-1)  # (…, half), of the bins at -upper
         high = probs[..., half + 1 :]
-        bins = self.bins[half + 1 :]  # the bins are symmetric, the middle one is 0
+        upper = self.bins[half + 1 :]  # (half,): the bins are symmetric, the middle one is 0
         difference = high - low
         difference = torch.where(difference.abs() <= 2.0**-18 * high, 0.0, difference)
-        terms = difference * bins
+        terms = difference * upper
         if self.rounded:
-            product = (high * bins).double()
-            exact_product = high.double() * bins.double()  # 24 x 24 bits fit into float64's 53
+            product = (high * upper).double()
+            exact_product = high.double() * upper.double()  # 24 x 24 bits fit into float64's 53
             terms = terms + (product - exact_product).float()
         mean = terms.sum(-1)  # (…,)
         return symexp(mean) if self.symlog_targets else mean
@@ -455,22 +456,23 @@ class RSSM(nn.Module):
     """Sequence model h_t = core(h_{t-1}, z_{t-1}, a_{t-1}), posterior z_t ~ q(z | h_t, x_t), prior
     z_t ~ p(z | h_t)."""
 
-    def __init__(self, embed: int, action: int, size: Size, unimix: float):
+    def __init__(self, embed_size: int, action_size: int, size: Size, unimix: float):
         super().__init__()
         self.size = size
-        self.action_size = action
+        self.action_size = action_size
         self.unimix = unimix
         deter = size.deter
         hidden = size.hidden
         flat = size.groups * size.classes
         self.in_deter = dense(deter, hidden)
         self.in_stoch = dense(flat, hidden)
-        self.in_action = dense(action, hidden)
+        self.in_action = dense(action_size, hidden)
         self.hid = BlockLinear(deter, deter, size.blocks, shared=3 * hidden)
         self.hid_norm = NormSiLU(deter)
         self.gru = BlockLinear(deter, 3 * deter, size.blocks)
         to_groups = nn.Unflatten(-1, (size.groups, size.classes))  # (…, S*K) -> (…, S, K)
-        self.post = nn.Sequential(dense(deter + embed, hidden), linear(hidden, flat), to_groups)
+        layers = [dense(deter + embed_size, hidden), linear(hidden, flat)]
+        self.post = nn.Sequential(*layers, to_groups)
         layers = [dense(deter, hidden), dense(hidden, hidden), linear(hidden, flat)]
         self.prior = nn.Sequential(*layers, to_groups)
 
@@ -526,11 +528,12 @@ class RSSM(nn.Module):
         stoch = stoch.detach().requires_grad_()
         u = torch.rand(*is_first.shape, self.size.groups, device=embed.device)  # (B, T, S)
         # on a CPU, products of B rows with weights smaller than those of 12m are faster in float32
-        float32 = embed.device.type == "cpu" and self.size.deter < 1024
+        small = embed.device.type == "cpu" and self.size.deter < 1024
+        precision = torch.autocast("cpu", enabled=False) if small else nullcontext()
         deters = []
         stochs = []
         all_logits = []
-        with torch.autocast("cpu", enabled=False) if float32 else nullcontext():
+        with precision:
             for t in range(is_first.shape[1]):
                 deter, stoch, logits = self.observe_step(
                     deter, stoch, prev_action[:, t], embed[:, t], is_first[:, t], u[:, t]
