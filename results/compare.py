@@ -321,7 +321,9 @@ def compare_rounding(results: Results) -> str:
     rows = [HEADER, *first_updates(results), *ablation_returns(results), value_fall(results)]
     runs += results.check([CARTPOLE_OFFICIAL, CARTPOLE], [])
     rows += mean_actions(results)
-    runs += results.check([WALKER_ROUNDED, WALKER_EXACT], ROUNDING_TOLERATES)
+    rows += official_form(results)
+    names = [WALKER_OFFICIAL, WALKER_ROUNDED, WALKER_EXACT]
+    runs += results.check(names, [*WALKER_TOLERATES, *ROUNDING_TOLERATES])
     tables = [protocol_table(runs), table(rows)]
     return "\n\n".join(["## 1. The rounding in the mean of a twohot", *tables])
 
@@ -460,6 +462,53 @@ def mean_actions(results: Results) -> list[list]:
         name = f"walker-walk: largest component of the mean action, steps 3,585 to 4,096: {form}"
         rows.append([name, "not known", "none", number(largest), "none"])
     return rows
+
+
+def official_form(results: Results) -> list[list]:
+    """Rows on the form of the mean in official runs on a GPU: two means of their first window."""
+    data = results.read(WALKER_OFFICIAL, "_losses")
+    first = slice(None, None, 7)  # seven windows a seed
+    entropies = data["ent_action"][first]
+    noises = (data["adv_mag"] - data["adv"])[first]
+    ours = [first_window(results, run) for run in (WALKER_ROUNDED, WALKER_EXACT)]
+    form = MISSING
+    cells = [MISSING, MISSING]
+    if None not in ours:
+        rounded, exact = np.array(ours)
+        form = nearer_form(entropies, noises, rounded, exact)
+        cells = [f"rounded {number(r)}; exact {number(e)}" for r, e in zip(*ours, strict=True)]
+    name = "walker-walk, updates 1 to 3,808: "
+    return [
+        [name + "actor_entropy", listing(list(entropies)), "nearer to a form", cells[0], form],
+        [name + "adv_mag - adv", listing(list(noises)), "nearer to the same", cells[1], ""],
+    ]
+
+
+def first_window(results: Results, run: str) -> tuple[float, float] | None:
+    """The actor's entropy and the noise of the advantage over updates 1 to 3,808."""
+    losses = results.read(run, "_losses")
+    if losses is None or losses["updates"][-1] < 3808:
+        return None
+    ends = losses["updates"]
+    gain = losses["behavior/return_mean"] - losses["behavior/value_mean"]
+    noise = losses["behavior/advantage_mag"] - gain / losses["behavior/return_scale"]
+    means = []
+    for values in (losses["behavior/actor_entropy"], noise):
+        means.append(mean_over(ends - WINDOW, ends, values, 0, 3808))
+    return means[0], means[1]
+
+
+def nearer_form(entropies, noises, rounded, exact) -> str:
+    """Which of our forms all official seeds are nearer to: (entropy, noise) of each form."""
+    to_rounded = abs(entropies - rounded[0])
+    to_exact = abs(entropies - exact[0])
+    noise_to_rounded = abs(noises - rounded[1])
+    noise_to_exact = abs(noises - exact[1])
+    if (3 * to_exact < to_rounded).all() and (noise_to_exact < noise_to_rounded).all():
+        return "exact"
+    if (3 * to_rounded < to_exact).all() and (noise_to_rounded < noise_to_exact).all():
+        return "rounded"
+    return "undecided"
 
 
 # === 2. CartPole-v1 with 16 environments ==========================================================
