@@ -42,11 +42,14 @@ of the file is everything else, from environments to checkpoints.
 import argparse
 import copy
 import ctypes
+import io
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -54,7 +57,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -270,7 +273,7 @@ class Agent(nn.Module):
         self.return_norm = ReturnNorm()
 
     def forward(self, batch: dict, args: Args):
-        """`loss`, as a call of the module, through which DistributedDataParallel goes."""
+        """`loss`, for DistributedDataParallel, which works on calls of a module."""
         return loss(self, batch, args)
 
     def trained(self) -> list[nn.Parameter]:
@@ -1032,6 +1035,8 @@ def foreign_code(generator: torch.Generator | None = None):
             yield
             if generator:
                 generator.set_state(torch.get_rng_state())
+    except SystemExit as error:
+        raise RuntimeError(f"the environment called sys.exit({error.code})") from error
     except Exception as error:
         if any(text in str(error) for text in OLD_GYM_ERRORS):
             raise ValueError(f"{error} ({OLD_GYM})") from error
@@ -1111,11 +1116,15 @@ def array_space(spec: ObsSpec) -> spaces.Box:
 
 def action_bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
     """Bounds to which [-1, 1] is scaled; an open side is 2 away from the other one."""
-    no_low = np.abs(space.low.astype(float)) > 1e30
-    no_high = np.abs(space.high.astype(float)) > 1e30
-    low = np.where(no_low, space.high - 2.0, space.low)
-    low = np.where(no_low & no_high, -1.0, low)
-    high = np.where(no_high, low + 2, space.high)
+    # for integers, infinity is the largest of their type
+    limit = 2.0**53 if np.issubdtype(space.dtype, np.integer) else 1e30
+    low = space.low.astype(float)
+    high = space.high.astype(float)
+    no_low = np.abs(low) > limit
+    no_high = np.abs(high) > limit
+    low = np.where(no_low, high - 2, low)
+    low = np.where(no_low & no_high, -1, low)
+    high = np.where(no_high, low + 2, high)
     return low, high
 
 
@@ -1221,12 +1230,12 @@ class Adapter(gym.Wrapper):
             nvec = tuple(counts.ravel().tolist())
             self.action_spec = ActionSpec(nvec, sum(nvec))
             self.action_space = spaces.MultiDiscrete(nvec)
-        elif isinstance(space, spaces.Box):
+        elif isinstance(space, spaces.Box) and 0 not in space.shape:
             self.low, self.high = action_bounds(space)
             self.action_spec = ActionSpec((), self.low.size)
             self.action_space = spaces.Box(-1, 1, (self.low.size,))
         else:
-            kinds = "Discrete, MultiDiscrete, MultiBinary and Box"
+            kinds = "Discrete, MultiDiscrete, MultiBinary and Box, not empty"
             raise ValueError(f"action space {space}; supported are {kinds}")
 
     def reset(self, **options):
@@ -1298,7 +1307,7 @@ def is_valid(x: np.ndarray, space: gym.Space, spec: ObsSpec) -> bool:
     """Whether the networks can take this value of an observation key."""
     kind = x.dtype.kind  # NumPy's letters: unsigned, integer, bool, float
     if spec.is_image:
-        return kind == "u"
+        return x.dtype == np.uint8
     if spec.classes:
         if kind not in "iub":
             return False
@@ -1347,18 +1356,33 @@ def parse_args(argv: list[str] | None) -> Args:
     """Flags of the command line; with --resume, those of the run to continue are the defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", default="")
-    resume = parser.parse_known_args(argv)[0].resume
+    with parser_errors():
+        resume = parser.parse_known_args(argv)[0].resume
     default = Args()
     if resume:
         with blame(f"--resume {resume}"):
             default = Args(**load_checkpoint(resume)["args"])
     description = __doc__.split("\n\n")[0]
-    args, unknown = tyro.cli(
-        Args, args=argv, default=default, description=description, return_unknown_args=True
-    )
+    with parser_errors():
+        args, unknown = tyro.cli(
+            Args, args=argv, default=default, description=description, return_unknown_args=True
+        )
     if unknown:
         raise UserError(f"unknown flag {' '.join(unknown)}; --help lists all flags")
     return args
+
+
+@contextmanager
+def parser_errors():
+    """What a parser of flags prints in a box before it exits becomes a UserError."""
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            yield
+    except SystemExit as error:
+        if error.code:  # 0 after --help
+            raise UserError(re.sub("[─│╭╮╰╯]|---+", " ", printed.getvalue())) from None
+        raise
 
 
 def check_args(args: Args) -> None:
@@ -1402,6 +1426,7 @@ def check_args(args: Args) -> None:
         ("eval_only", args.resume or not args.eval_only, "used with --resume"),
         ("seed", args.seed < 2**32, "below 2^32"),
         ("env_kwargs", is_json_object(args.env_kwargs), "a JSON object, like '{\"key\": 1}'"),
+        ("exp_name", ".." not in args.exp_name, "without '..'"),
     ]
     for name, value in asdict(args).items():
         if not isinstance(value, str):
@@ -1416,7 +1441,7 @@ def is_json_object(text: str) -> bool:
     """Whether a text is a JSON object."""
     try:
         return isinstance(json.loads(text), dict)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -1563,6 +1588,11 @@ class Run:
         parameters = sum(p.numel() for p in agent.trained())
         print(f"size: {self.args.size}, {parameters:,} trained parameters")
         print(f"run folder: {self.path}", flush=True)
+        if not self.args.resume:
+            self.save()  # a run that is killed before the next checkpoint can be resumed
+        for number in self.handlers:
+            if number != self.stopped:
+                signal.signal(number, self.stop)  # an environment may have set its own
 
     def load(self, agent: Agent, state: dict) -> None:
         """Weights, optimizer, replay and random state of a checkpoint."""
@@ -1638,7 +1668,7 @@ class Run:
                 remove_folder(self.folder, len(self.path.parents) - 1)
         if self.stopped and kind is not NotFinite:
             if self.agent is not None:
-                resume = f"python dreamerv3.py --resume {self.path}"
+                resume = f"python dreamerv3.py --resume {shlex.quote(str(self.path))}"
                 print(f"stopped at step {self.step:,}; continue with: {resume}")
             sys.exit(128 + self.stopped)
 
@@ -1675,11 +1705,12 @@ class Log:
         if args.track:
             with blame("--track cannot start (pip install wandb, then wandb login)"):
                 track(args, run_name(run.folder, args))
-        self.writer = SummaryWriter(run.folder)
+        with blame(f"the run folder {run.path} cannot be written"):
+            self.csv = open(run.folder / "episodes.csv", "a", buffering=1)
+            self.writer = SummaryWriter(run.folder)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         table = "\n".join(["|param|value|", "|-|-|", *rows])
         self.writer.add_text("hyperparameters", table, run.step)
-        self.csv = open(run.folder / "episodes.csv", "a", buffering=1)
         if self.csv.tell() == 0:
             self.csv.write("global_step,frames,return,length,seconds\n")
 
@@ -1840,6 +1871,8 @@ def load_checkpoint(path: str | Path) -> dict:
         path = path / "checkpoint.pt"
     # weights_only: a stranger's file cannot run code; mmap: what is not used is not read
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(state, dict) or "args" not in state:
+        raise UserError(f"{path} is not a checkpoint of this program")
     return upgrade(state)
 
 
@@ -1892,7 +1925,10 @@ def make_replay(args: Args, agent: Agent, run: Run) -> Replay:
     folder = None
     if args.persist_replay:
         folder = run.folder / ("replay" if run.rank == 0 else f"replay{run.rank}")
-    with blame(f"--buffer-size {args.buffer_size}: no replay buffer in {run.folder}"):
+    failed = f"--buffer-size {args.buffer_size}: no replay buffer in {run.folder}"
+    if args.resume:
+        failed = f"--resume {args.resume}: its replay buffer does not fit the flags"
+    with blame(failed):
         return Replay(
             args.buffer_size,
             args.num_envs,
@@ -1976,6 +2012,10 @@ def evaluate(
     returns = []
     steps = 0
     with closing(env), torch.random.fork_rng(cuda):
+        if (env.specs, env.action_spec) != (agent.specs, agent.action):
+            here = f"{env.specs} -> {env.action_spec}"
+            there = f"{agent.specs} -> {agent.action}"
+            raise UserError(f"--env-id {args.env_id} has {here}, the agent was trained on {there}")
         torch.manual_seed(seed)
         with blame(needs):  # some begin here
             obs, _ = env.reset(seed=seed)

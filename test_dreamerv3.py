@@ -2448,6 +2448,18 @@ ACTIONS = {
         given=[1.0, -1.0],
         expected=[2.0, 2.0],
     ),
+    "bounds whose distance overflows": ActionCase(
+        space=spaces.Box(-40_000, 40_000, (3,), np.float16),
+        spec=ActionSpec((), 3),
+        given=[-1.0, 0.0, 1.0],
+        expected=[-40_000.0, 0.0, 40_000.0],
+    ),
+    "integers without bounds": ActionCase(
+        space=spaces.Box(-np.inf, np.inf, (2,), np.int64),
+        spec=ActionSpec((), 2),
+        given=[-1.0, 1.0],
+        expected=[-1, 1],
+    ),
     "integers": ActionCase(
         space=spaces.Box(0, 10, (1,), np.int64),
         spec=ActionSpec((), 1),
@@ -2509,9 +2521,13 @@ def test_an_environment_with_nothing_to_learn_from_is_refused():
         dreamerv3.Adapter(env, 64)
 
 
-def test_an_action_space_that_is_not_supported_is_refused():
-    space = spaces.Dict({"a": spaces.Discrete(2)})
-    with pytest.raises(ValueError, match="action space Dict"):
+@pytest.mark.parametrize(
+    "space",
+    [spaces.Dict({"a": spaces.Discrete(2)}), spaces.Box(-1, 1, (0,))],
+    ids=["Dict", "empty"],
+)
+def test_an_action_space_that_is_not_supported_is_refused(space):
+    with pytest.raises(ValueError, match="action space .*; supported are"):
         dreamerv3.Adapter(Everything(space), 64)
 
 
@@ -2525,6 +2541,7 @@ def test_an_observation_in_its_space_is_taken():
     "key, value, name",
     [
         ("camera", np.zeros((20, 30, 1), np.float32), "camera"),
+        ("camera", np.zeros((20, 30, 1), np.uint16), "camera"),
         ("camera", np.zeros((30, 20, 1), np.uint8), "camera"),
         ("tuple", (8, np.zeros(4, np.int8)), "tuple/0"),
         ("tuple", (5.5, np.zeros(4, np.int8)), "tuple/0"),
@@ -2539,6 +2556,7 @@ def test_an_observation_in_its_space_is_taken():
     ],
     ids=[
         "float image",
+        "image of two bytes",
         "image turned",
         "class too large",
         "class not whole",
@@ -2948,6 +2966,11 @@ BAD_FLAGS = [
     ["--checkpoint-frequency", "-1"],
     ["--video-frequency", "-1"],
     ["--log-frequency", "0"],
+    ["--total-timesteps", "1e6"],
+    ["--gamma"],
+    ["--resume"],
+    ["--env-kwargs", "[1]"],
+    ["--exp-name", "a/../b"],
 ]
 
 
@@ -2960,10 +2983,15 @@ def join(argv: list[str]) -> str:
 def test_bad_flags_are_refused_before_an_environment_is_made(argv, program, monkeypatch):
     monkeypatch.setattr(dreamerv3, "make_env", None)
     assert program.call(*argv) == 2
-    assert "Traceback" not in program.err
-    flag = argv[0].removeprefix("--")
-    assert flag in program.err.replace("_", "-")
+    error = program.err.strip()
+    assert error.startswith("dreamerv3.py: error: ")
+    assert "\n" not in error
+    assert argv[0] in error
     assert files(program.folder) == {}
+
+
+def test_env_kwargs_nested_too_deeply_are_refused():
+    assert not dreamerv3.is_json_object("[" * 100_000)
 
 
 @pytest.mark.parametrize(
@@ -3460,8 +3488,24 @@ def test_a_damaged_checkpoint_is_not_resumed(program, finished):
     assert "RuntimeError" in error
 
 
-def test_a_buffer_of_another_size_is_not_resumed(program, finished):
-    assert program.call(resume=finished, buffer_size=50) == 2
+def test_a_file_of_another_program_is_not_resumed(program, finished):
+    torch.save([1, 2], finished / "foreign.pt")
+    error = resume_error(program, finished / "foreign.pt")
+    assert "is not a checkpoint of this program" in error
+
+
+def test_a_folder_that_cannot_be_written_is_not_resumed(program, finished):
+    (finished / "episodes.csv").unlink()
+    (finished / "episodes.csv").mkdir()
+    assert program.call(resume=finished, total_timesteps=70) == 2
+    assert "cannot be written: IsADirectoryError" in program.err
+    assert counters(finished) == (60, 10)
+
+
+@pytest.mark.parametrize("flags", [{"buffer_size": 50}, {"num_envs": 2}], ids=str)
+def test_a_buffer_that_does_not_fit_is_not_resumed(flags, program, finished):
+    assert program.call(resume=finished, **flags) == 2
+    assert f"--resume {finished}: its replay buffer does not fit the flags" in program.err
     assert "this run needs" in program.err
 
 
@@ -3917,6 +3961,15 @@ def test_evaluate_plays_what_eval_only_plays(file, cartpole, capsys):
         dreamerv3.evaluate(agent, args, episodes=4, seed=3)
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == evaluate_only(cartpole, path)
+
+
+@pytest.mark.parametrize("env_id", ["Acrobot-v1", "DreamerShort-v0"])
+def test_eval_only_refuses_an_environment_with_other_spaces(env_id, cartpole):
+    program = cartpole.program
+    assert program.call(resume=cartpole.folder, eval_only=True, env_id=env_id) == 2
+    error = program.err.strip()
+    assert "\n" not in error
+    assert re.search(f"--env-id {env_id} has .*, the agent was trained on ", error)
 
 
 def test_eval_only_compiles_nothing(cartpole):
@@ -4550,6 +4603,46 @@ def test_two_observations_of_one_name_are_refused_by_name(kind, program):
     assert re.search("two observations would be called 'a/[b0]'; rename one", error)
 
 
+# --- what environments do to the run
+def test_a_run_that_is_killed_before_its_first_checkpoint_goes_on(program):
+    """The copy of its folder is what a kill in the tenth step leaves. Updates begin when 20 steps
+    are stored, after 9 more."""
+
+    class Copying(Short):
+        steps = 0
+
+        def step(self, action):
+            self.steps += 1
+            if self.steps == 10 and not Path("copy").exists():
+                (folder,) = Path("runs").glob("*")
+                shutil.copytree(folder, "copy")
+            return super().step(action)
+
+    act(program, env_id=register(Copying))
+    folder = program.resume(program.folder / "copy")
+    assert "resumed at step 0 after 0 updates" in program.out
+    assert "11 steps were stored after the checkpoint; they are kept" in program.out
+    assert counters(folder) == (20, 11)
+
+
+@pytest.mark.parametrize("status", [None, 0, 3])
+def test_an_environment_that_exits_has_failed(status, program):
+    class Exiting(Short):
+        def step(self, action):
+            sys.exit(status)
+
+    with pytest.raises(RuntimeError, match=f"the environment called sys.exit.{status}.$"):
+        act(program, env_id=register(Exiting))
+
+
+def test_an_environment_that_exits_in_its_constructor_is_refused(program):
+    def exiting(render_mode=None):
+        sys.exit(0)
+
+    error = refused(program, env_id=register(exiting))
+    assert "cannot be made: RuntimeError: the environment called sys.exit(0)" in error
+
+
 # --- recording is no part of the environment
 def frame(*shape: int, dtype=np.uint8) -> np.ndarray:
     return np.full(shape, 7, dtype)
@@ -4734,6 +4827,28 @@ def test_signal_handlers_are_restored_however_a_run_ends(env_id, in_folder):
     except (AssertionError, dreamerv3.UserError):
         pass
     assert [signal.getsignal(number) for number in STOPS] == before
+
+
+def test_an_environment_that_takes_the_signals_does_not_keep_them(in_folder):
+    class Taking(Short):
+        def __init__(self, render_mode=None):
+            super().__init__(render_mode)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+        def step(self, action):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(action)
+
+    with pytest.raises(SystemExit) as stop:
+        dreamerv3.main(Args(**ACT_ONLY, env_id=register(Taking)))
+    assert stop.value.code == 128 + signal.SIGTERM
+
+
+def test_the_command_that_goes_on_is_quoted(in_folder, capsys):
+    args = Args(**ACT_ONLY, env_id=interrupting(signal.SIGTERM), exp_name="my run")
+    with pytest.raises(SystemExit):
+        dreamerv3.main(args)
+    assert "continue with: python dreamerv3.py --resume 'runs/" in capsys.readouterr().out
 
 
 def test_a_sighup_that_nohup_ignores_stays_ignored(in_folder):
