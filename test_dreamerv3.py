@@ -6122,6 +6122,39 @@ def test_the_largest_fall_is_measured_from_the_highest_value_before():
 
 
 @pytest.mark.parametrize(
+    "entropies, noises, expected",
+    [
+        ([8.2, 8.15], [0.001, 0.0], "exact"),
+        ([8.2, 8.15], [0.001, 0.03], "undecided"),
+        ([8.2, 8.12], [0.001, 0.0], "undecided"),
+        ([7.9, 7.95], [0.03, 0.04], "rounded"),
+    ],
+    ids=["exact", "noise of the other", "entropy between them", "rounded"],
+)
+def test_the_form_of_official_runs_is_the_one_all_are_nearer_to(entropies, noises, expected):
+    """Our forms: entropy 7.9 and noise 0.04 with the rounding, 8.2 and 0 without."""
+    entropies = np.array(entropies)
+    noises = np.array(noises)
+    assert compare.nearer_form(entropies, noises, (7.9, 0.04), (8.2, 0.0)) == expected
+
+
+def test_the_noise_of_the_advantage_is_its_size_without_its_mean(copied):
+    updates = 250.0 * np.arange(1, 17)
+    columns = {
+        "updates": updates,
+        "behavior/actor_entropy": np.where(updates <= 3750, 8.0, 9.0),
+        "behavior/return_mean": np.full(16, 5.0),
+        "behavior/value_mean": np.full(16, 2.0),
+        "behavior/return_scale": np.full(16, 2.0),
+        "behavior/advantage_mag": np.full(16, 1.75),
+    }
+    write_columns(copied.path(compare.WALKER_EXACT, "_losses"), columns)
+    entropy, noise = compare.first_window(copied, compare.WALKER_EXACT)
+    assert entropy == pytest.approx(8 + 58 / 3808)
+    assert noise == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
     ("values", "text", "expected"),
     [
         ([1.0, 2, 3], "3 of 3", "agrees"),

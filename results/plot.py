@@ -85,8 +85,8 @@ def finger_ablation(ax: Axes, results: Results) -> None:
     finish(ax, "finger-spin", "agent steps", "return, mean of 5 episodes")
 
 
-def finger_metric(ax: Axes, results: Results, name: str, until: int) -> None:
-    """A metric of official, rounded and exact runs up to some number of updates."""
+def finger_metric(ax: Axes, results: Results, name: str) -> None:
+    """A metric of official, rounded and exact runs."""
     key = compare.FINGER_METRICS[name]
     official = metric(results, compare.FINGER, "opt_updates", key)
     draw_curves(ax, official, "official", OFFICIAL)
@@ -96,9 +96,6 @@ def finger_metric(ax: Axes, results: Results, name: str, until: int) -> None:
     draw_curves(ax, middle(rounded), "ours, rounded", OURS)
     exact = metric(results, compare.EXACT, "updates", name)
     draw_curves(ax, middle(exact), "ours, exact", EXACT)
-    ax.set_xlim(0, until)
-    shown = [y[x <= until] for x, y in official + crossed + rounded + exact]
-    ax.set_ylim(*padded(np.concatenate(shown)))
     finish(ax, name, "updates", "")
 
 
@@ -107,22 +104,15 @@ def middle(curves: list[Curve]) -> list[Curve]:
     return [(updates - compare.WINDOW / 2, values) for updates, values in curves]
 
 
-def padded(values: np.ndarray) -> tuple[float, float]:
-    """The range of the values with 5 % on each side."""
-    low = values.min()
-    high = values.max()
-    margin = 0.05 * (high - low)
-    return low - margin, high + margin
-
-
 def finger_spin(results: Results) -> Figure:
-    """The ablation: returns, advantage and entropy."""
+    """The ablation: returns, advantage, entropy and value."""
     names = [*compare.FINGER, compare.FINGER_EXACT, *compare.ROUNDED, *compare.EXACT]
     results.check(names, compare.ROUNDING_TOLERATES)
-    figure, axes = panels(3)
+    figure, axes = panels(4)
     finger_ablation(axes[0], results)
-    finger_metric(axes[1], results, "behavior/advantage_mag", 12_000)
-    finger_metric(axes[2], results, "behavior/actor_entropy", 7000)
+    finger_metric(axes[1], results, "behavior/advantage_mag")
+    finger_metric(axes[2], results, "behavior/actor_entropy")
+    finger_metric(axes[3], results, "behavior/value_mean")
     return figure
 
 
