@@ -90,8 +90,8 @@ class TwoHot(nn.Module):
 
     bins: V, odd and at least 3. space: "symexp" (Nature paper, official code) interpolates in raw
     space between bins symexp(linspace(-20, 20, V)); "symlog" (2023 preprint) interpolates
-    symlog(target) between linspace(-20, 20, V). mean: "rounded" (the official program) or "exact",
-    see `mean`.
+    symlog(target) between linspace(-20, 20, V). mean: "rounded" (the official program on a CPU) or
+    "exact", see `mean`.
     """
 
     def __init__(self, bins: int = 255, space: str = "symexp", mean: str = "rounded"):
@@ -125,14 +125,15 @@ class TwoHot(nn.Module):
         """Expected bin under softmax(logits) (…, V) -> (…,); symexp of it when targets are symlogs.
 
         A sum over mirrored pairs of bins, (p_high - p_low) * bin, so that large bins cancel. With
-        "rounded", the default, it has the rounding error that the official program has: noise of
+        "rounded", the default, it has the rounding error of the official program on a CPU: noise of
         zero mean and a standard deviation of about 0.1, for the first 1,000 to 2,500 updates.
         "exact" has none; uniform logits then give exactly 0.
 
-        The official source means to compute the exact sum, but its compiler fuses one product of
-        each pair into a multiply-add. That product keeps its full precision, the other is rounded
-        to float32. The bins reach 4.85e8, so while the far ones have mass the error is not small;
-        uniform logits give up to 0.17 in size, which the last digit of the softmax decides.
+        The official source means to compute the exact sum, but on a CPU its compiler fuses one
+        product of each pair into a multiply-add (on a GPU it likely does not). That product keeps
+        its full precision, the other is rounded to float32. The bins reach 4.85e8, so while the far
+        ones have mass the error is not small; uniform logits give up to 0.17 in size, which the
+        last digit of the softmax decides.
         The first updates depend on it, because the optimizer ignores the size of gradients: without
         the noise, differences of 1e-8 move the actor at full speed before anything is known.
 

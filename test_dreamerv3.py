@@ -6002,7 +6002,7 @@ SUFFIX = r"_(losses|evals|advantage|pairs|actions)$"
         ([compare.CARTPOLE_16_OFFICIAL, compare.CARTPOLE_16_LOSSES], "returns"),
         ([compare.CARTPOLE_16_OFFICIAL, compare.CARTPOLE_16[0]], "other"),
         ([compare.CARTPOLE_OFFICIAL, compare.CARTPOLE_DEFAULT], "train_ratio"),
-        ([compare.WALKER_OFFICIAL, compare.WALKER[0]], "precision"),
+        ([compare.WALKER_OFFICIAL, compare.WALKER[0]], "twohot_mean"),
         ([compare.FINGER[0], compare.WALKER[0]], "environment"),
     ],
 )

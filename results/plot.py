@@ -212,9 +212,9 @@ def walker_returns(ax: Axes, results: Results) -> None:
 
 
 def walker_metric(ax: Axes, results: Results, name: str, others: list[str]) -> None:
-    """A metric of our runs and of the official ones that have it, up to 30,000 updates."""
+    """A metric of our runs and of the official ones that have it, up to 10,000 updates."""
     our_runs = [*compare.WALKER, compare.WALKER_ROUNDED]
-    names = [compare.WALKER_OFFICIAL, *others, *our_runs]
+    names = [compare.WALKER_OFFICIAL, *others, *our_runs, compare.WALKER_EXACT]
     results.check(names, compare.WALKER_TOLERATES)
     (key,) = compare.WALKER_METRICS[name]
     data = results.read(compare.WALKER_OFFICIAL, "_losses")
@@ -228,8 +228,10 @@ def walker_metric(ax: Axes, results: Results, name: str, others: list[str]) -> N
         official.append(((ends[1:] + ends[:-1]) / 2, data[key]))
     draw_curves(ax, official, "official", OFFICIAL)
     ours = middle(metric(results, our_runs, "updates", name))
-    draw_curves(ax, ours, "ours", OURS)
-    ax.set_xlim(0, 30_000)
+    draw_curves(ax, ours, "ours, rounded", OURS)
+    exact = middle(metric(results, [compare.WALKER_EXACT], "updates", name))
+    draw_curves(ax, exact, "ours, exact", EXACT)
+    ax.set_xlim(0, 10_000)
     finish(ax, name, "updates", "")
 
 
