@@ -1023,8 +1023,8 @@ def become_worker() -> None:
 @contextmanager
 def foreign_code(generator: torch.Generator | None = None):
     """Around code that is not ours: it draws torch's random numbers from this generator, and ours
-    go on as if it had drawn none. In a worker its exceptions become ones that can be sent to the
-    training process."""
+    go on as if it had drawn none. Its sys.exit is an error. In a worker its exceptions become ones
+    that can be sent to the training process."""
     in_worker = multiprocessing.parent_process() is not None
     cuda = torch.cuda.is_initialized() and not in_worker  # a worker has no numbers of ours
     devices = [torch.cuda.current_device()] if cuda else []
@@ -1626,12 +1626,7 @@ class Run:
         if not self.writes:
             return
         self.replay.flush()
-        model = {
-            "args": asdict(self.args),
-            "specs": {key: tuple(spec) for key, spec in self.agent.specs.items()},
-            "action": tuple(self.agent.action),
-            "agent": self.agent.state_dict(),
-        }
+        model = model_state(self.agent, self.args)
         state = {
             **model,
             "optimizer": self.optimizer.state_dict(),
@@ -1891,6 +1886,16 @@ def upgrade(state: dict) -> dict:
             tensors["exp_avg"] = tensors.pop("mean")
             tensors["exp_avg_sq"] = tensors.pop("square")
     return state
+
+
+def model_state(agent: Agent, args: Args) -> dict:
+    """What model.pt holds: all that load_agent needs."""
+    return {
+        "args": asdict(args),
+        "specs": {key: tuple(spec) for key, spec in agent.specs.items()},
+        "action": tuple(agent.action),
+        "agent": agent.state_dict(),
+    }
 
 
 def save_atomically(state: dict, path: Path) -> None:

@@ -467,16 +467,18 @@ def mean_actions(results: Results) -> list[list]:
 def official_form(results: Results) -> list[list]:
     """Rows on the form of the mean in official runs on a GPU: two means of their first window."""
     data = results.read(WALKER_OFFICIAL, "_losses")
-    first = slice(None, None, 7)  # seven windows a seed
-    entropies = data["ent_action"][first]
-    noises = (data["adv_mag"] - data["adv"])[first]
-    ours = [first_window(results, run) for run in (WALKER_ROUNDED, WALKER_EXACT)]
+    noise = data["adv_mag"] - data["adv"]
+    entropies = data["ent_action"].reshape(3, 7)[:, 0]
+    noises = noise.reshape(3, 7)[:, 0]
+    rounded = first_window(results, WALKER_ROUNDED)
+    exact = first_window(results, WALKER_EXACT)
     form = MISSING
     cells = [MISSING, MISSING]
-    if None not in ours:
-        rounded, exact = np.array(ours)
+    if rounded is not None and exact is not None:
         form = nearer_form(entropies, noises, rounded, exact)
-        cells = [f"rounded {number(r)}; exact {number(e)}" for r, e in zip(*ours, strict=True)]
+        cells = []
+        for i in range(2):
+            cells.append(f"rounded {number(rounded[i])}; exact {number(exact[i])}")
     name = "walker-walk, updates 1 to 3,808: "
     return [
         [name + "actor_entropy", listing(list(entropies)), "nearer to a form", cells[0], form],
@@ -499,8 +501,13 @@ def first_window(results: Results, run: str) -> tuple[float, float] | None:
     return means[0], means[1]
 
 
-def nearer_form(entropies, noises, rounded, exact) -> str:
-    """Which of our forms all official seeds are nearer to: (entropy, noise) of each form."""
+def nearer_form(
+    entropies: np.ndarray,
+    noises: np.ndarray,
+    rounded: tuple[float, float],
+    exact: tuple[float, float],
+) -> str:
+    """The form that all official seeds are nearer to; entropy and noise of each of our forms."""
     to_rounded = abs(entropies - rounded[0])
     to_exact = abs(entropies - exact[0])
     noise_to_rounded = abs(noises - rounded[1])
