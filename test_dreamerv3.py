@@ -4768,15 +4768,21 @@ def test_every_episode_is_a_video_of_its_own(tmp_path):
 
 
 # --- signals
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
 @pytest.fixture
-def in_folder(tmp_path, monkeypatch) -> Path:
-    """A folder for `main`, with a tiny model and with real signals."""
+def in_folder(tmp_path, monkeypatch):
+    """A folder for `main`, with a tiny model and with real signals, which `nohup` ignores."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(dreamerv3.SIZES, "1m", TINY)
-    return tmp_path
-
-
-STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = {}
+    for number in STOPS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            before[number] = signal.signal(number, signal.SIG_DFL)
+    yield tmp_path
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def interrupting(number: int) -> str:
