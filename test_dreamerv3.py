@@ -6072,6 +6072,7 @@ def test_no_figure_has_official_curves_of_another_protocol(wrong_results, name):
         compare.compare_cartpole_16envs,
         compare.compare_walker,
         compare.compare_finger,
+        compare.compare_same_state,
     ],
 )
 def test_no_table_compares_runs_of_another_protocol(wrong_results, comparison):
@@ -6188,7 +6189,7 @@ def copied(tmp_path):
     """The results without runs of ours, and with one official seed of finger-spin."""
     folder = tmp_path / "results"
     shutil.copytree(RESULTS, folder)
-    for pattern in ("*parity*.csv", "*first_steps*.csv"):
+    for pattern in ("*parity*.csv", "*first_steps*.csv", "same_state*.csv"):
         for path in folder.glob(pattern):
             path.unlink()
     for path in folder.glob("official/*official_seed[23]*.csv"):
@@ -6394,6 +6395,50 @@ def test_the_first_updates_of_walker_walk_are_means_over_the_official_windows(co
     assert "| losses/critic | 4.019 | 521.7 | 3.001 | 1,501 |" in text
 
 
+def write_same_state(results: Results, run: str, **factors: float) -> None:
+    """A run of 2 seeds with entropy 0.5 and 1 for the other metrics, times the factors; later
+    updates and the seed that was known before the rule have other numbers."""
+    columns = {"seed": [11, 12, 12, 13, 13], "updates": [400, 200, 401, 200, 400]}
+    for name in compare.SAME_STATE_METRICS:
+        value = 0.5 if name == compare.ENTROPY else 1.0
+        value *= factors.get(name.split("/")[1], 1)
+        columns[name] = [99, value - 0.1, 99, value, value + 0.1]
+    write_columns(results.path(run, "_losses"), columns)
+
+
+@pytest.mark.parametrize(
+    ("factors", "equal"),
+    [
+        ({"recon": 0.96, "grad_norm": 1.04, "actor_entropy": 1.09}, 20),
+        ({"recon": 0.94, "grad_norm": 1.04}, 19),
+        ({"recon": 0.96, "grad_norm": 1.06}, 19),
+        ({"recon": 0.96, "grad_norm": 1.04, "actor_entropy": 1.11}, 19),
+        ({"recon": 0.96, "grad_norm": 1.04, "value_mean": 1.06}, 19),
+    ],
+)
+def test_both_programs_are_equal_from_one_state_if_every_metric_is(copied, factors, equal):
+    text = compare.compare_same_state(copied)
+    assert verdict_of(text, "A") == "not yet"
+    for official, ours in compare.SAME_STATE.values():
+        write_same_state(copied, official)
+        write_same_state(copied, ours, **factors)
+    text = compare.compare_same_state(copied)
+    assert verdict_of(text, "A") == ("equal" if equal == 20 else "not equal")
+    assert f"| {equal} of 20 | " in text
+
+
+def test_noise_around_0_is_not_compared(copied):
+    for official, ours in compare.SAME_STATE.values():
+        write_same_state(copied, official)
+        factors = dict.fromkeys(["actor", "value_mean", "return_mean", "reward_mean"], 2)
+        write_same_state(copied, ours, **factors)
+    text = compare.compare_same_state(copied)
+    assert "| 16 of 20 | 1.000 (" in text
+    assert verdict_of(text, "A") == "not equal"
+    assert "| 16 of 16 | " in text
+    assert verdict_of(text, "B") == "equal"
+
+
 # === Extraction ===================================================================================
 def write_events(folder: Path, begin: int, records: list[tuple[int, float]]) -> None:
     """An event file of the program: (updates, value) of each record, the first after `begin`."""
@@ -6551,7 +6596,8 @@ def test_every_run_that_took_hours_has_its_files():
     results = Results()
     for row in results.rows:
         if row["code"] == "ours" and row["hours"]:
-            assert results.path(row["run"]).exists(), row["run"]
+            losses = results.path(row["run"], "_losses")
+            assert results.path(row["run"]).exists() or losses.exists(), row["run"]
             assert row["commit"], row["run"]
 
 

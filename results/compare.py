@@ -116,6 +116,42 @@ WALKER_A6000_METRICS = {
     "losses/replay_critic": "repval",
 }
 
+# state: the runs of the official program and of ours that continue it
+SAME_STATE = {
+    "A": ["same_state_A_official", "same_state_A_ours"],
+    "B": ["same_state_B_official", "same_state_B_ours"],
+}
+SAME_STATE_METRICS = [
+    "losses/recon",
+    "losses/reward",
+    "losses/continue",
+    "losses/dyn",
+    "losses/rep",
+    "losses/actor",
+    "losses/critic",
+    "losses/replay_critic",
+    "losses/total",
+    "behavior/actor_entropy",
+    "behavior/advantage_mag",
+    "behavior/value_mean",
+    "behavior/return_mean",
+    "behavior/reward_mean",
+    "behavior/continue_mean",
+    "world_model/prior_entropy",
+    "world_model/posterior_entropy",
+    "optim/grad_norm",
+    "optim/update_rms",
+    "optim/param_rms",
+]
+ENTROPY = "behavior/actor_entropy"
+KNOWN_SEED = 11  # its pair was known when the rule was written
+NOISE_IN_B = [
+    "losses/actor",
+    "behavior/value_mean",
+    "behavior/return_mean",
+    "behavior/reward_mean",
+]
+
 
 # === The gate =====================================================================================
 class Results:
@@ -777,6 +813,46 @@ def compare_default(results: Results) -> str:
     return "\n\n".join([title, *tables])
 
 
+# === 6. One state, both programs ==================================================================
+def compare_same_state(results: Results) -> str:
+    """Both programs continued from one state of an official run, on its buffer, without acting."""
+    runs = []
+    rows = [["state", "rule", "equal", "smallest ours / official", "largest", "verdict"]]
+    for state, names in SAME_STATE.items():
+        runs += results.check(names, [])
+        official, ours = [seed_means(results, run) for run in names]
+        cells = [MISSING, MISSING, MISSING, MISSING]
+        if official and ours:
+            cells = same_state(state, official, ours)
+        rows.append([state, "each within 5 %, the entropy within 0.05", *cells])
+    tables = [protocol_table(runs), table(rows)]
+    return "\n\n".join(["## 6. One state, both programs", *tables])
+
+
+def seed_means(results: Results, run: str) -> dict[str, float] | None:
+    """The mean of every metric over the first 400 updates of all seeds of the rule."""
+    data = results.read(run, "_losses")
+    if data is None:
+        return None
+    rows = (data["updates"] <= 400) & (data["seed"] != KNOWN_SEED)
+    return {metric: float(data[metric][rows].mean()) for metric in SAME_STATE_METRICS}
+
+
+def same_state(state: str, official: dict[str, float], ours: dict[str, float]) -> list[str]:
+    """The cells of a state: how many metrics are equal, and the two that are the furthest apart."""
+    metrics = [m for m in SAME_STATE_METRICS if state == "A" or m not in NOISE_IN_B]
+    equal = 0
+    ratios = []
+    for metric in metrics:
+        limit = 0.05 if metric == ENTROPY else 0.05 * abs(official[metric])
+        equal += abs(ours[metric] - official[metric]) <= limit
+        ratios.append((ours[metric] / official[metric], metric))
+    smallest = f"{min(ratios)[0]:.3f} ({min(ratios)[1]})"
+    largest = f"{max(ratios)[0]:.3f} ({max(ratios)[1]})"
+    verdict = "equal" if equal == len(metrics) else "not equal"
+    return [f"{equal} of {len(metrics)}", smallest, largest, verdict]
+
+
 def compare(results: Results) -> str:
     """All comparisons, as Markdown."""
     parts = [
@@ -785,6 +861,7 @@ def compare(results: Results) -> str:
         compare_walker(results),
         compare_finger(results),
         compare_default(results),
+        compare_same_state(results),
     ]
     return "\n\n".join(parts)
 
