@@ -239,8 +239,7 @@ def walker_walk(results: Results) -> Figure:
     """Returns, critic loss and entropy of walker-walk."""
     figure, axes = panels(3)
     walker_returns(axes[0], results)
-    others = [f"walker_walk_official_{run}" for run in ("a6000", "a100_seed7", "a100_first")]
-    walker_metric(axes[1], results, "losses/critic", others)
+    walker_metric(axes[1], results, "losses/critic", compare.WALKER_OTHERS)
     walker_metric(axes[2], results, "behavior/actor_entropy", [])
     return figure
 
