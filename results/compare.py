@@ -116,31 +116,9 @@ SAME_STATE = {
     "A": ["same_state_A_official", "same_state_A_ours"],
     "B": ["same_state_B_official", "same_state_B_ours"],
 }
-SAME_STATE_METRICS = [
-    "losses/recon",
-    "losses/reward",
-    "losses/continue",
-    "losses/dyn",
-    "losses/rep",
-    "losses/actor",
-    "losses/critic",
-    "losses/replay_critic",
-    "losses/total",
-    "behavior/actor_entropy",
-    "behavior/advantage_mag",
-    "behavior/value_mean",
-    "behavior/return_mean",
-    "behavior/reward_mean",
-    "behavior/continue_mean",
-    "world_model/prior_entropy",
-    "world_model/posterior_entropy",
-    "optim/grad_norm",
-    "optim/update_rms",
-    "optim/param_rms",
-]
 ENTROPY = "behavior/actor_entropy"
 KNOWN_SEED = 11  # its pair was known when the rule was written
-NOISE_IN_B = [
+LEFT_OUT_IN_B = [
     "losses/actor",
     "behavior/value_mean",
     "behavior/return_mean",
@@ -813,12 +791,13 @@ def seed_means(results: Results, run: str) -> dict[str, float] | None:
     if data is None:
         return None
     rows = (data["updates"] <= 400) & (data["seed"] != KNOWN_SEED)
-    return {metric: float(data[metric][rows].mean()) for metric in SAME_STATE_METRICS}
+    metrics = [name for name in data if name not in ("seed", "updates")]
+    return {metric: float(data[metric][rows].mean()) for metric in metrics}
 
 
 def same_state(state: str, official: dict[str, float], ours: dict[str, float]) -> list[str]:
     """The cells of a state: how many metrics are equal, and the two that are the furthest apart."""
-    metrics = [m for m in SAME_STATE_METRICS if state == "A" or m not in NOISE_IN_B]
+    metrics = [m for m in official if state == "A" or m not in LEFT_OUT_IN_B]
     equal = 0
     ratios = []
     for metric in metrics:
