@@ -5,6 +5,7 @@ drawn in a figure with ours only if `check` of compare.py lets their protocols p
 not exist yet are left out.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ OFFICIAL = "0.6"
 OURS = "tab:blue"
 EXACT = "tab:orange"
 DEFAULT = "tab:green"
+LINESTYLES = ["-", "--", ":"]  # of successive seeds
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -57,11 +59,18 @@ def draw_curves(ax: Axes, curves: list[Curve], label: str, color: str, **style) 
         ax.plot(x, y, label=None if i else label, color=color, linewidth=1.2, **style)
 
 
-def finish(ax: Axes, title: str, x: str, y: str) -> None:
+def draw_seeds(ax: Axes, curves: list[Curve], label: str, color: str) -> None:
+    """Draw the seeds of a run solid, dashed and dotted."""
+    for i, (x, y) in enumerate(curves):
+        name = f"{label}, seed {i + 1}"
+        ax.plot(x, y, label=name, color=color, linewidth=1.2, linestyle=LINESTYLES[i])
+
+
+def finish(ax: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
     """Titles and a legend."""
     ax.set(title=title, xlabel=x, ylabel=y)
     ax.locator_params(axis="x", nbins=6)
-    if ax.get_legend_handles_labels()[0]:
+    if legend and ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize="small")
 
 
@@ -69,34 +78,34 @@ def finish(ax: Axes, title: str, x: str, y: str) -> None:
 def finger_returns(ax: Axes, results: Results) -> None:
     """Training returns of official and rounded runs."""
     results.check([*compare.FINGER, *compare.ROUNDED], [])
-    draw_curves(ax, returns(results, compare.FINGER, 5), "official", OFFICIAL)
-    draw_curves(ax, returns(results, compare.ROUNDED, 5), "ours", OURS)
+    draw_seeds(ax, returns(results, compare.FINGER, 5), "official", OFFICIAL)
+    draw_seeds(ax, returns(results, compare.ROUNDED, 5), "ours", OURS)
     title = "finger-spin, 1 environment, ratio 512"
     finish(ax, title, "agent steps", "return, mean of 5 episodes")
 
 
 def finger_ablation(ax: Axes, results: Results) -> None:
     """Training returns of official, rounded and exact runs."""
-    draw_curves(ax, returns(results, compare.FINGER, 5), "official", OFFICIAL)
+    draw_seeds(ax, returns(results, compare.FINGER, 5), "official", OFFICIAL)
     crossed = returns(results, [compare.FINGER_EXACT], 5)
-    draw_curves(ax, crossed, "official, exact mean", "black", linestyle="--")
-    draw_curves(ax, returns(results, compare.ROUNDED, 5), "ours, rounded", OURS)
-    draw_curves(ax, returns(results, compare.EXACT, 5), "ours, exact", EXACT)
-    finish(ax, "finger-spin", "agent steps", "return, mean of 5 episodes")
+    draw_seeds(ax, crossed, "official, exact mean", "black")
+    draw_seeds(ax, returns(results, compare.ROUNDED, 5), "ours, rounded", OURS)
+    draw_seeds(ax, returns(results, compare.EXACT, 5), "ours, exact", EXACT)
+    finish(ax, "finger-spin, training returns", "agent steps", "return, mean of 5 episodes")
 
 
 def finger_metric(ax: Axes, results: Results, name: str) -> None:
     """A metric of official, rounded and exact runs."""
     key = compare.FINGER_METRICS[name]
     official = metric(results, compare.FINGER, "opt_updates", key)
-    draw_curves(ax, official, "official", OFFICIAL)
+    draw_seeds(ax, official, "official", OFFICIAL)
     crossed = metric(results, [compare.FINGER_EXACT], "opt_updates", key)
-    draw_curves(ax, crossed, "official, exact mean", "black", linestyle="--")
+    draw_seeds(ax, crossed, "official, exact mean", "black")
     rounded = metric(results, compare.ROUNDED, "updates", name)
-    draw_curves(ax, middle(rounded), "ours, rounded", OURS)
+    draw_seeds(ax, middle(rounded), "ours, rounded", OURS)
     exact = metric(results, compare.EXACT, "updates", name)
-    draw_curves(ax, middle(exact), "ours, exact", EXACT)
-    finish(ax, name, "updates", "")
+    draw_seeds(ax, middle(exact), "ours, exact", EXACT)
+    finish(ax, name, "updates", "", legend=False)
 
 
 def middle(curves: list[Curve]) -> list[Curve]:
@@ -108,7 +117,7 @@ def finger_spin(results: Results) -> Figure:
     """The ablation: returns, advantage, entropy and value."""
     names = [*compare.FINGER, compare.FINGER_EXACT, *compare.ROUNDED, *compare.EXACT]
     results.check(names, compare.ROUNDING_TOLERATES)
-    figure, axes = panels(4)
+    figure, axes = panels(4, columns=2)
     finger_ablation(axes[0], results)
     finger_metric(axes[1], results, "behavior/advantage_mag")
     finger_metric(axes[2], results, "behavior/actor_entropy")
@@ -151,13 +160,13 @@ def cartpole_metric(ax: Axes, results: Results, name: str) -> None:
     finish(ax, name, "updates", "")
 
 
-def cartpole_16envs(results: Results) -> Figure:
+def cartpole_16envs(results: Results) -> Figure | None:
     """Evaluations, value and entropy of the runs with 16 environments."""
     figure, axes = panels(3)
     cartpole_evaluations(axes[0], results)
     cartpole_metric(axes[1], results, "behavior/value_mean")
     cartpole_metric(axes[2], results, "behavior/actor_entropy")
-    return figure
+    return figure if any(results.exist(compare.CARTPOLE_16)) else None
 
 
 def cartpole_returns(ax: Axes, results: Results) -> None:
@@ -165,7 +174,8 @@ def cartpole_returns(ax: Axes, results: Results) -> None:
     results.check([compare.CARTPOLE_OFFICIAL, compare.CARTPOLE], [])
     draw_curves(ax, returns(results, [compare.CARTPOLE_OFFICIAL], 20), "official", OFFICIAL)
     draw_curves(ax, returns(results, [compare.CARTPOLE], 20), "ours", OURS)
-    finish(ax, "CartPole-v1, 1 environment", "agent steps", "return, mean of 20 episodes")
+    title = "CartPole-v1, 1 environment, ratio 512"
+    finish(ax, title, "agent steps", "return, mean of 20 episodes")
 
 
 def cartpole_value(ax: Axes, results: Results) -> None:
@@ -212,26 +222,29 @@ def walker_returns(ax: Axes, results: Results) -> None:
 
 
 def walker_metric(ax: Axes, results: Results, name: str, others: list[str]) -> None:
-    """A metric of our runs and of the official ones that have it, up to 10,000 updates."""
+    """A metric of our runs and of the official ones that have it, which are means over windows of
+    up to 4,000 updates; windows that begin before update 10,000."""
     our_runs = [*compare.WALKER, compare.WALKER_ROUNDED]
     names = [compare.WALKER_OFFICIAL, *others, *our_runs, compare.WALKER_EXACT]
     results.check(names, compare.WALKER_TOLERATES)
     (key,) = compare.WALKER_METRICS[name]
     data = results.read(compare.WALKER_OFFICIAL, "_losses")
-    official = []
+    windows = []
     for seed in range(3):
         rows = data["seed"] == seed
-        official.append((data["updates_mean"][rows], data[key][rows]))
+        windows.append((data["env_step"][rows], data[key][rows]))
     for other in others:
         data = results.read(other, "_losses")
-        ends = np.concatenate([[0], data["env_step"] - 2048])
-        official.append(((ends[1:] + ends[:-1]) / 2, data[key]))
-    draw_curves(ax, official, "official", OFFICIAL)
+        windows.append((data["env_step"], data[key]))
+    for i, (steps, values) in enumerate(windows):
+        edges = np.append(0, steps - 2048)  # one update a step
+        count = np.searchsorted(edges, 10_000)  # windows that begin before
+        label = None if i else "official, means over windows"
+        ax.stairs(values[:count], edges[: count + 1], baseline=None, color=OFFICIAL, label=label)
     ours = middle(metric(results, our_runs, "updates", name))
     draw_curves(ax, ours, "ours, rounded", OURS)
     exact = middle(metric(results, [compare.WALKER_EXACT], "updates", name))
     draw_curves(ax, exact, "ours, exact", EXACT)
-    ax.set_xlim(0, 10_000)
     finish(ax, name, "updates", "")
 
 
@@ -245,8 +258,9 @@ def walker_walk(results: Results) -> Figure:
 
 
 # === Figures without official runs ================================================================
-def episodes_figure(results: Results, names: list[str], title: str) -> Figure | None:
-    """Returns of training episodes as dots, and means of 20 as lines; None if there are no runs."""
+def episodes_figure(results: Results, names: list[str], title: str, window: int) -> Figure | None:
+    """Returns of training episodes as dots, and means of `window` of them as lines; None if there
+    are no runs."""
     figure, (ax,) = panels(1)
     notes = []
     for name in names:
@@ -256,26 +270,26 @@ def episodes_figure(results: Results, names: list[str], title: str) -> Figure | 
         (run,) = results.runs([name])
         notes.append(run["notes"])
         steps = episodes["frames"]
-        means = running_mean(episodes["return"], 20)
+        means = running_mean(episodes["return"], window)
         (line,) = ax.plot(steps, means, label=f"seed {run['seed']}")
-        ax.plot(steps, episodes["return"], ".", color=line.get_color(), alpha=0.2, markersize=4)
+        ax.plot(steps, episodes["return"], ".", color=line.get_color(), alpha=0.4, markersize=4)
     if not notes:
         return None
     if notes[0].startswith("older run"):
         title += " (older run)"
-    finish(ax, title, "environment steps", "return, mean of 20 episodes")
+    finish(ax, title, "environment steps", f"return, mean of {window} episodes")
     return figure
 
 
 def demo(results: Results) -> Figure | None:
     """The first command of the README."""
     names = [f"CartPole-v1__demo_seed{seed}" for seed in (1, 2, 3)]
-    return episodes_figure(results, names, "The demo of the README")
+    return episodes_figure(results, names, "The demo of the README", window=5)
 
 
 def pong(results: Results) -> Figure | None:
     """A run of Atari Pong."""
-    return episodes_figure(results, ["ALE-Pong-v5__seed1_12m"], "ALE/Pong-v5, 12m")
+    return episodes_figure(results, ["ALE-Pong-v5__seed1_12m"], "ALE/Pong-v5, 12m", window=20)
 
 
 def learning(results: Results) -> Figure:
@@ -287,10 +301,12 @@ def learning(results: Results) -> Figure:
     return figure
 
 
-def panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with panels in one row."""
-    figure = Figure((4.5 * count, 3.4), dpi=100, layout="constrained")
-    axes = [figure.add_subplot(1, count, i + 1) for i in range(count)]
+def panels(count: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure with panels, row by row."""
+    columns = min(count, columns)
+    rows = math.ceil(count / columns)
+    figure = Figure((4.5 * columns, 3.4 * rows), dpi=100, layout="constrained")
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
     return figure, axes
 
 
