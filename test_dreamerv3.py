@@ -2301,6 +2301,21 @@ def test_the_online_queue_of_another_moment_is_not_used(windows, tmp_path):
     assert not second.online
 
 
+@pytest.mark.parametrize("length", [4, 16])
+def test_the_online_queue_of_another_length_is_not_used(length, tmp_path):
+    """Of a shorter window's 12 steps since the last one, or of a window that reaches too far."""
+    first = stored_replay(tmp_path, "stream")
+    fill(first, 20, [60, 60])
+    first.online = {0: 12}
+    second = Replay(60, 2, FIELDS, length, "stream", folder=tmp_path)
+    second.load_state_dict(first.state_dict())
+    assert not second.online
+    fill(second, length, [60, 60])
+    assert set(second.online) == {0, 1}
+    _, (_, time) = second.sample(4)
+    assert time.max() < second.now
+
+
 @every_window
 def test_files_of_another_buffer_are_refused(windows, tmp_path):
     stored_replay(tmp_path, windows)
