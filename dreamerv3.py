@@ -736,7 +736,7 @@ def main(args: Args) -> None:
     args = copy.copy(args)  # in which `auto` flags are resolved
     device = set_up_torch(args)
     # when the block ends, also by an exception or a signal, a checkpoint is saved
-    with Run(args) as run, make_envs(args, run) as envs, Log(args, run) as log:
+    with Run(args) as run, make_envs(args, run) as envs, Log(args, run) as log, run.saving():
         # agent, optimizer, replay buffer
         specs = envs.get_attr("specs")[0]
         action_spec = envs.get_attr("action_spec")[0]
@@ -1519,10 +1519,10 @@ def use_compiler(wanted: bool, device: torch.device) -> None:
 class Run:
     """One training run: its folder, counters and checkpoints, and the signals that stop it.
 
-    `with Run(args) as run:` locks the folder. At the end, also after an exception, it saves a
-    checkpoint, unless the model diverged. Raises UserError when the folder cannot be read or
-    another process trains there. Under torchrun the first process writes for all, and a signal or a
-    failure of another process ends the run at its last checkpoint.
+    `with Run(args) as run:` locks the folder, `with run.saving():` saves a checkpoint at the end.
+    Raises UserError when the folder cannot be read or another process trains there. Under torchrun
+    the first process writes for all, and a signal or a failure of another process ends the run at
+    its last checkpoint.
     """
 
     def __init__(self, args: Args):
@@ -1535,6 +1535,7 @@ class Run:
         self.updates = 0
         self.trained = args.learning_starts  # the agent step that updates have reached
         self.stopped = 0  # number of the signal that is to end the run
+        self.failed = False  # whether it ends without a checkpoint
         self.agent = None  # until `begin`
         self.state = None  # the checkpoint to go on from
         self.handlers = {}  # of signals, to be restored
@@ -1642,6 +1643,21 @@ class Run:
         if self.args.save_model:
             save_atomically(model, self.folder / "model.pt")
 
+    @contextmanager
+    def saving(self):
+        """Save a checkpoint when the block ends, also by an exception, unless the model diverged.
+        This comes before the environments are closed, which may hang or crash."""
+        try:
+            yield
+        except NotFinite:
+            self.failed = True
+            raise
+        finally:
+            if self.agent is not None and not self.failed:
+                self.failed = True
+                self.save()
+                self.failed = False
+
     def videos(self, kind: str) -> Path | None:
         """The folder for videos of a kind, None when there are to be none."""
         return self.video_folder / kind if self.args.capture_video and self.writes else None
@@ -1650,18 +1666,14 @@ class Run:
         """Whether this step is the first at or after a multiple of `frequency`; 0: never."""
         return frequency > 0 and self.step % frequency < self.all_envs
 
-    def __exit__(self, kind, error, traceback) -> None:
-        try:
-            if self.agent is not None and kind is not NotFinite:
-                self.save()
-        finally:
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-            if self.writes:
-                self.lock.release()
-            if self.agent is None and self.writes and not self.args.resume:  # nothing has begun
-                remove_folder(self.folder, len(self.path.parents) - 1)
-        if self.stopped and kind is not NotFinite:
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.writes:
+            self.lock.release()
+        if self.agent is None and self.writes and not self.args.resume:  # nothing has begun
+            remove_folder(self.folder, len(self.path.parents) - 1)
+        if self.stopped and not self.failed:
             if self.agent is not None:
                 resume = f"python dreamerv3.py --resume {shlex.quote(str(self.path))}"
                 print(f"stopped at step {self.step:,}; continue with: {resume}")

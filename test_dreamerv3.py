@@ -3643,6 +3643,29 @@ def test_a_model_that_diverges_while_its_run_is_stopped_is_no_stop(program, fini
         program.resume(finished, total_timesteps=70)
 
 
+def test_a_run_is_saved_before_its_environments_are_closed(program, finished, monkeypatch):
+    """Closing a simulator may hang or crash."""
+    steps = []
+
+    def close(envs, **options):
+        steps.append(saved(finished)["step"])
+
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "close", close)
+    program.resume(finished, total_timesteps=70)
+    assert steps[0] == 70
+
+
+def test_a_stopped_run_that_cannot_be_saved_ends_with_the_error(program, finished, monkeypatch):
+    def update(log, metrics):
+        log.run.stopped = signal.SIGTERM
+
+    monkeypatch.setattr(dreamerv3.Log, "update", update)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(dreamerv3, "save_atomically", Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space left"):
+        program.resume(finished, total_timesteps=70)
+
+
 def test_a_signal_before_a_run_has_begun_promises_no_checkpoint(program, monkeypatch):
     def make_replay(args, agent, run):
         run.stopped = signal.SIGTERM
