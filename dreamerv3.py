@@ -107,7 +107,7 @@ class Args:
     exp_name: str = "dreamerv3"
     """the name of this experiment"""
     seed: int = 1
-    """environment i gets seed + i; process r of torchrun adds 1000 r, --resume the agent step"""
+    """environment i gets seed + i; process r of torchrun adds 1000 r, a resumed run its step"""
     torch_deterministic: bool = True
     """sets torch.backends.cudnn.deterministic"""
     cuda: bool = True
@@ -199,7 +199,8 @@ class Args:
 
     # Replay
     buffer_size: int = 1_000_000
-    """steps kept per training process: at most its share of total_timesteps, at least a batch"""
+    """steps kept per training process; lowered to its share of total_timesteps, but to no less than
+    a batch"""
     replay_windows: Literal["episode", "stream"] = "episode"
     """a sequence that comes to an episode's end begins the same episode again, or runs on into the
     next one (official code)"""
@@ -212,7 +213,7 @@ class Args:
     video_frequency: int = 1000
     """updates between two dreams (open-loop predictions), runs/{run_name}/dreams; 0: none"""
     checkpoint_frequency: int = 10_000
-    """agent steps between two checkpoints; 0: only at the end and before evaluations"""
+    """agent steps between two checkpoints; 0: only at the start, the end and before evaluations"""
     resume: str = ""
     """run folder runs/{run_name} to continue, under its stored flags and those given"""
 
@@ -508,7 +509,7 @@ def actor_critic_loss(agent: Agent, feat: Tensor, action: Tensor, args: Args):
 
     agent.return_norm.update(returns)
     advantage = (returns - value[:, :-1]) / agent.return_norm.scale  # (N, H)
-    pi = agent.actor(feat)  # of all H+1 states: leaving the last one out would copy the others
+    pi = agent.actor(feat)  # of all H+1 states: a slice of feat would have to be copied
     log_prob = pi.log_prob(action)[:, :-1]  # (N, H)
     entropy = pi.entropy()[:, :-1]  # (N, H)
     actor_loss = -weight * (log_prob * advantage + args.ent_coef * entropy)
@@ -770,11 +771,11 @@ def main(args: Args) -> None:
 
             # store it, with the action and the latent state
             is_last = terminated | truncated
-            step = {f"obs/{key}": x for key, x in obs.items()}
-            step.update(action=action, reward=reward)
-            step.update(is_first=is_first, is_last=is_last, is_terminal=terminated)
-            step.update(stored_latents(*state[:2]))
-            replay.add(step)
+            record = {f"obs/{key}": x for key, x in obs.items()}
+            record.update(action=action, reward=reward)
+            record.update(is_first=is_first, is_last=is_last, is_terminal=terminated)
+            record.update(stored_latents(*state[:2]))
+            replay.add(record)
             run.step += run.all_envs
 
             # step the environments; after a last step they ignore the action and reset
@@ -782,7 +783,8 @@ def main(args: Args) -> None:
             is_first = is_last  # of the stored step: what follows a last step comes from a reset
             log.episodes(infos)
 
-            # learn: updates are made up to step run.trained, which begins at learning_starts
+            # learn: one update for every steps_per_update agent steps after learning_starts;
+            # run.trained is the agent step up to which they are made
             began = time.time()
             while run.step - run.trained >= steps_per_update and not run.stopped:
                 batch, index = replay.sample(args.batch_size)
@@ -834,7 +836,8 @@ def find_spec(env_id: str) -> EnvSpec:
             package.register_envs()
         return gym.spec(env_id)
     except Exception as error:
-        if prefix in INSTALL and "Did you mean" not in str(error):
+        absent = isinstance(error, (ImportError, gym.error.NamespaceNotFound))
+        if prefix in INSTALL and absent:
             raise UserError(f"{error}; try: {INSTALL[prefix]}") from error
         raise
 
@@ -962,7 +965,7 @@ def make_envs(args: Args, run: "Run"):
             envs.close(timeout=10)
 
 
-# what this file imports; a worker that imported them itself would take seconds and 180 MB
+# what importing this file brings in; each worker by itself would take seconds and 180 MB for it
 LARGE_PACKAGES = [
     "torch.utils.tensorboard",
     "torch._inductor.compile_fx",
@@ -1022,9 +1025,9 @@ def become_worker() -> None:
 
 @contextmanager
 def foreign_code(generator: torch.Generator | None = None):
-    """Around code that is not ours: it draws torch's random numbers from this generator, and ours
-    go on as if it had drawn none. Its sys.exit is an error. In a worker its exceptions become ones
-    that can be sent to the training process."""
+    """Around code that is not ours: it draws torch's random numbers (on a CPU) from this generator,
+    and ours go on as if it had drawn none. Its sys.exit is an error. In a worker its exceptions
+    become ones that can be sent to the training process."""
     in_worker = multiprocessing.parent_process() is not None
     cuda = torch.cuda.is_initialized() and not in_worker  # a worker has no numbers of ours
     devices = [torch.cuda.current_device()] if cuda else []
@@ -1039,7 +1042,8 @@ def foreign_code(generator: torch.Generator | None = None):
         raise RuntimeError(f"the environment called sys.exit({error.code})") from error
     except Exception as error:
         if any(text in str(error) for text in OLD_GYM_ERRORS):
-            raise ValueError(f"{error} ({OLD_GYM})") from error
+            hint = f"if this environment has the interface of the old Gym: {OLD_GYM}"
+            raise ValueError(f"{error} ({hint})") from error
         if in_worker:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         raise
@@ -1558,24 +1562,14 @@ class Run:
                 self.began -= self.state["seconds"]  # as if it had never paused
         self.seed = self.args.seed + 1000 * self.rank + self.step  # of the environments
         if self.num_processes == 1 and threading.current_thread() is threading.main_thread():
-            self.catch_signals()
+            self.handlers = catch_signals(self.stop)
         return self
-
-    def catch_signals(self) -> None:
-        """Ctrl-C, SIGTERM and a closed terminal end the run after this step."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: not on Windows
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                self.handlers[number] = signal.signal(number, self.stop)
 
     def stop(self, number: int, frame) -> None:
         """The first signal ends the run after this step; the same one again ends the program."""
         self.stopped = number
         signal.signal(number, signal.SIG_DFL)
-        try:
-            print("\nstopping after this step, then saving; once more to exit at once", flush=True)
-        except OSError:  # the same Ctrl-C has ended `| tee`
-            write_nowhere()
+        print_if_possible("\nstopping after this step, then saving; once more to exit at once")
 
     def begin(self, agent: Agent, optimizer: LaProp, replay: Replay) -> None:
         """Take the parts of the run; after --resume, set them to what the checkpoint holds."""
@@ -1602,8 +1596,7 @@ class Run:
         optimizer["state"] = copy.deepcopy(state["optimizer"]["state"])  # lets go of the file
         self.optimizer.load_state_dict(optimizer)
         if self.num_processes == 1:
-            torch.set_rng_state(state["torch_rng"])
-            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+            set_random_state(state)
         else:
             torch.manual_seed(self.seed)
         if self.writes:
@@ -1632,8 +1625,7 @@ class Run:
             **model,
             "optimizer": self.optimizer.state_dict(),
             "replay": self.replay.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            **random_state(),
             "step": self.step,
             "updates": self.updates,
             "trained": self.trained,
@@ -1680,6 +1672,29 @@ class Run:
             sys.exit(128 + self.stopped)
 
 
+def catch_signals(handler) -> dict[int, object]:
+    """Let Ctrl-C, SIGTERM and a closed terminal call the handler, unless they are ignored: -> the
+    handlers that they had."""
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: not on Windows
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
+    return before
+
+
+def random_state() -> dict:
+    """The state of torch's generators, as a checkpoint has it."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"torch_rng": torch.get_rng_state(), "cuda_rng": on_gpus}
+
+
+def set_random_state(state: dict) -> None:
+    """Set torch's generators to what a checkpoint has; there may be fewer GPUs now."""
+    torch.set_rng_state(state["torch_rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+
+
 def smallest(number: int) -> int:
     """The smallest of the numbers that the training processes call this with."""
     if not dist.is_initialized():
@@ -1713,8 +1728,13 @@ class Log:
             with blame("--track cannot start (pip install wandb, then wandb login)"):
                 track(args, run_name(run.folder, args))
         with blame(f"the run folder {run.path} cannot be written"):
-            self.csv = open(run.folder / "episodes.csv", "a", buffering=1)
-            self.writer = SummaryWriter(run.folder)
+            path = run.folder / "episodes.csv"
+            lost = None  # the first step that is made again, after a kill
+            if args.resume:
+                lost = run.step + 1
+                drop_episodes(path, lost)
+            self.csv = open(path, "a", buffering=1)
+            self.writer = SummaryWriter(run.folder, purge_step=lost)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         table = "\n".join(["|param|value|", "|-|-|", *rows])
         self.writer.add_text("hyperparameters", table, run.step)
@@ -1804,7 +1824,7 @@ class Log:
             message = " ".join(str(error).split())
             tqdm.write(f"warning: {message}; training goes on without it")
             return
-        if returns:
+        if len(returns) == args.eval_episodes:  # not stopped before
             self.record({"eval/episodic_return": np.mean(returns)})
 
     def __enter__(self) -> "Log":
@@ -1820,6 +1840,20 @@ class Log:
             import wandb
 
             wandb.save(f"{self.run.video_folder}/*/*.mp4", policy="now")
+
+
+def drop_episodes(path: Path, step: int) -> None:
+    """Remove the rows of episodes.csv from this agent step on, and one that was not finished."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = lines[:1]  # the header
+    for line in lines[1:]:
+        if line.endswith("\n") and int(line.split(",")[0]) < step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
 
 
 def run_folder(args: Args) -> Path:
@@ -1859,10 +1893,14 @@ def remove_folder(folder: Path, depth: int) -> None:
             parent.rmdir()
 
 
-def write_nowhere() -> None:
-    """From now on, what is printed goes to no terminal."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
+def print_if_possible(text: str) -> None:
+    """Print, unless the Ctrl-C that stops the run has ended `| tee` too; then nothing is printed
+    from now on."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
 
 
 def run_name(folder: Path, args: Args) -> str:
@@ -1981,13 +2019,17 @@ def track(args: Args, name: str) -> None:
 
 
 # === 12. Evaluation, dreams, CUDA graphs ==========================================================
-def load_agent(path: str | Path, device: str | torch.device = "cpu") -> tuple[Agent, Args]:
-    """The agent of a run folder, a checkpoint or a model.pt, and the flags it was trained with.
-    Raises what torch.load raises."""
+def load_agent(
+    path: str | Path, device: str | torch.device = "cpu", args: Args | None = None
+) -> tuple[Agent, Args]:
+    """The agent of a run folder, a checkpoint or a model.pt, and its flags: those it was trained
+    with, or args. Raises what torch.load and load_state_dict raise."""
     state = load_checkpoint(path)
-    args = Args(**state["args"])
+    if args is None:
+        args = Args(**state["args"])
     if "specs" not in state:  # older than December 2026: ask an environment
-        with closing(make_env(args.env_id, args.image_size, args.action_repeat)) as env:
+        kwargs = json.loads(args.env_kwargs)
+        with closing(make_env(args.env_id, args.image_size, args.action_repeat, kwargs)) as env:
             state["specs"] = env.specs
             state["action"] = env.action_spec
     specs = {key: ObsSpec(*spec) for key, spec in state["specs"].items()}
@@ -2002,7 +2044,7 @@ def evaluate_only(args: Args) -> None:
     args.compile = False  # a policy never is
     device = set_up_torch(args)
     with blame(f"--resume {args.resume}"):
-        agent, _ = load_agent(args.resume, device)
+        agent, _ = load_agent(args.resume, device, args)
     name = run_name(run_folder(args), args)
     videos = Path("videos", name, "eval-only").resolve() if args.capture_video else None
     evaluate(agent, args, args.eval_episodes, args.seed, videos)

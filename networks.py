@@ -33,7 +33,7 @@ class ObsSpec(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """Of its arrays and tensors, by NumPy's and torch's name."""
+        """The type of its arrays and tensors, a name that NumPy and torch share."""
         if self.is_image:
             return "uint8"
         return "int32" if self.classes else "float32"
@@ -125,19 +125,14 @@ class TwoHot(nn.Module):
         """Expected bin under softmax(logits) (…, V) -> (…,); symexp of it when targets are symlogs.
 
         A sum over mirrored pairs of bins, (p_high - p_low) * bin, so that large bins cancel. With
-        "rounded", the default, it has the rounding error of the official program on a CPU: noise of
-        zero mean and a standard deviation of about 0.1, for the first 1,000 to 2,500 updates.
-        "exact" has none; uniform logits then give exactly 0.
+        "exact", uniform logits give exactly 0. "rounded" adds the rounding error of the official
+        program on a CPU, whose compiler fuses one product of each pair into a multiply-add: that
+        product is exact, the other is rounded to float32. Symexp bins reach 4.85e8, so the error is
+        up to 0.17 for uniform logits, and noise of zero mean until the far bins have lost their
+        probability, after 1,000 to 2,500 updates. (With symlog bins it is below 1e-5.) The actor's
+        first updates depend on it; results/rounding.md says how.
 
-        The official source means to compute the exact sum, but on a CPU its compiler fuses one
-        product of each pair into a multiply-add (on a GPU it likely does not). That product keeps
-        its full precision, the other is rounded to float32. The bins reach 4.85e8, so while the far
-        ones have mass the error is not small; uniform logits give up to 0.17 in size, which the
-        last digit of the softmax decides.
-        The first updates depend on it, because the optimizer ignores the size of gradients: without
-        the noise, differences of 1e-8 move the actor at full speed before anything is known.
-
-        Mirrored probabilities that differ by less than 2^-18 of their size, 32 units in the last
+        Mirrored probabilities that differ by at most 2^-18 of their size, 32 units in the last
         place, count as equal: sums in another order make such differences, and one unit is worth
         0.1 to 1 in the mean.
         """

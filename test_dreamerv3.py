@@ -3104,6 +3104,18 @@ def test_an_environment_whose_package_is_absent_is_refused(env_id, module, progr
     assert re.search(f"{env_id} cannot be made: .*{module} ", error)
 
 
+def test_an_environment_that_its_package_does_not_have_is_refused_without_advice(
+    program, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "minatar", Mock())
+    monkeypatch.setitem(sys.modules, "minatar.gym", Mock())
+    gym.register("MinAtar/DreamerTest-v1", entry_point=Chain)
+    error = refused(program, env_id="MinAtar/Unlike-v1")
+    gym.registry.pop("MinAtar/DreamerTest-v1")
+    assert "MinAtar/Unlike-v1 cannot be made: NameNotFound" in error
+    assert "pip install" not in error
+
+
 def test_without_moviepy_a_run_has_no_videos_but_a_warning(program, monkeypatch):
     monkeypatch.setitem(sys.modules, "moviepy", None)
     folder = program.train(env_id="CartPole-v1", total_timesteps=100, capture_video=True)
@@ -3548,6 +3560,21 @@ def test_steps_that_were_stored_after_a_checkpoint_are_told_once(program, finish
     assert "were stored after the checkpoint" not in program.out
 
 
+def test_episodes_after_a_checkpoint_are_not_logged_twice(program, finished):
+    """The run is killed after step 82, while it writes the row of the next episode."""
+    checkpoint = (finished / "checkpoint.pt").read_bytes()
+    program.resume(finished, total_timesteps=82)
+    (finished / "checkpoint.pt").write_bytes(checkpoint)
+    with open(finished / "episodes.csv", "a") as file:
+        file.write("5")
+    program.resume(finished, total_timesteps=90)
+    steps = episodes(finished)[:, 0]
+    assert steps[steps < 60].tolist() == list(range(5, 60, 6))
+    assert steps[steps > 60].tolist() == [65, 71, 77, 83, 89]
+    record = list(events(finished).Scalars("charts/episodic_return"))
+    assert [scalar.step for scalar in record] == steps.tolist()
+
+
 def test_the_learning_rate_of_the_flags_is_that_of_the_updates(program, finished):
     more = {"learning_rate": 1e-3, "warmup_updates": 1, "log_frequency": 10}
     program.resume(finished, total_timesteps=70, **more)
@@ -3983,6 +4010,12 @@ def evaluate_only(run: SimpleNamespace, path: Path, **flags) -> str:
 def test_eval_only_prints_the_returns(cartpole):
     line = evaluate_only(cartpole, cartpole.folder)
     assert line.startswith("evaluation: 4 episodes of CartPole-v1, return mean ")
+
+
+def test_eval_only_plays_with_the_flags_that_are_given(cartpole):
+    """A uniform actor does not play what the trained one does."""
+    trained = evaluate_only(cartpole, cartpole.folder)
+    assert evaluate_only(cartpole, cartpole.folder, actor_unimix=0.999) != trained
 
 
 def test_eval_only_takes_a_folder_a_checkpoint_or_weights(cartpole):
@@ -5107,6 +5140,18 @@ def test_an_evaluation_says_what_it_waits_for_and_ends_on_a_signal(in_folder, mo
     assert saved(folder)["step"] == 20
     line = "evaluation: 10,000 steps, 0 of 10 episodes have ended; Ctrl-C stops"
     assert line in capsys.readouterr().out
+
+
+def test_an_evaluation_that_is_stopped_leaves_no_return(program, finished, monkeypatch):
+    evaluate = dreamerv3.evaluate
+
+    def stopped(agent, args, episodes, seed, videos, run):
+        return evaluate(agent, args, episodes - 1, seed, videos, run)
+
+    monkeypatch.setattr(dreamerv3, "evaluate", stopped)
+    program.resume(finished, total_timesteps=70, eval_frequency=70, eval_episodes=2)
+    assert "evaluation: 1 episodes" in program.out
+    assert "eval/episodic_return" not in scalars(finished)
 
 
 def constant_policy(policy):
