@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -876,17 +876,6 @@ def test_golden_filter(golden):
     golden.check("out/stoch", stoch)
 
 
-def test_golden_filter_on_our_own_embedding(golden):
-    batch = golden.batch()
-    embed = golden.agent.encoder(batch["obs"])
-    deter, stoch, post = golden.agent.rssm.observe(
-        batch["deter"], batch["stoch"], batch["prev_action"], embed, batch["is_first"]
-    )
-    golden.check("out/deter", deter)
-    golden.check("out/post_logit", post)
-    golden.check("out/stoch", stoch)
-
-
 def test_golden_latents_of_acting_are_those_of_training(golden):
     """The policy, step by step, sees what the filter sees, over the resets inside."""
     agent = golden.agent
@@ -1352,14 +1341,6 @@ def test_decode_action_is_the_inverse_of_encode_action():
     assert torch.equal(decoded, index)
 
 
-def test_loss_of_a_discrete_key_is_the_cross_entropy_of_torch():
-    recon = torch.randn(2, 6, 2, 3)
-    target = torch.randint(3, (2, 6, 2))
-    reference = torch.distributions.Categorical(logits=recon)
-    expected = -reference.log_prob(target).sum(-1)
-    torch.testing.assert_close(dreamerv3.recon_loss(recon, target), expected)
-
-
 def assert_independent(samples: Tensor) -> None:
     """One-hot samples (N, L, …, K) of nearly uniform categoricals: neighbors on axis 1 agree by
     chance only, in 1 of K rows, not always."""
@@ -1436,11 +1417,6 @@ def test_block_linear_kernels_have_the_std_of_the_full_input_width():
 def test_convolution_kernels_have_the_std_of_their_window():
     weight = networks.conv5(16, 64).weight
     assert weight.std().item() == pytest.approx(1 / math.sqrt(25 * 16), rel=0.02)
-
-
-def test_the_actor_is_almost_uniform_at_first():
-    actor = networks.Actor(400, 300, ActionSpec((), 2), 0.0)
-    assert actor.outs[0].weight.std() < 0.01
 
 
 def test_upsampling_and_convolving_equals_its_definition():
@@ -1650,9 +1626,9 @@ UPDATE_FLAGS = [
     ("imagination_horizon", 2),
     ("precision", "bfloat16"),
 ]
-ALL_UPDATE_FLAGS = [*UPDATE_FLAGS, ("tau", 0.5)]
 
 
+@cache
 def update_once(**flags) -> tuple[Agent, dict[str, Tensor]]:
     """The agent after an update of learning rate 0, and metrics; equal but for these flags."""
     torch.manual_seed(0)
@@ -1686,16 +1662,9 @@ def test_the_slow_critic_goes_tau_of_the_way_to_the_critic(tau):
     torch.testing.assert_close(after.slow_critic[1].weight, expected)
 
 
-@pytest.mark.parametrize("flag, value", ALL_UPDATE_FLAGS)
-def test_dyn_and_rep_loss_have_the_same_value(flag, value):
-    """They differ in their gradients alone."""
-    _, metrics = update_once(**{flag: value})
-    assert metrics["losses/dyn"] == metrics["losses/rep"]
-
-
-@pytest.mark.parametrize("flag, value", ALL_UPDATE_FLAGS)
-def test_all_metrics_are_float32(flag, value):
-    _, metrics = update_once(**{flag: value})
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_all_metrics_are_float32(precision):
+    _, metrics = update_once(precision=precision)
     for name, x in metrics.items():
         assert x.dtype == torch.float32, name
 
@@ -1850,6 +1819,12 @@ def test_functions_are_compiled_if_a_compiler_works(capsys, monkeypatch):
     assert "cannot compile" not in capsys.readouterr().out
 
 
+def test_no_compile_compiles_nothing():
+    torch.compiler.set_stance("default")
+    dreamerv3.use_compiler(False, torch.device("cpu"))
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+
+
 def test_without_a_compiler_the_program_goes_on_in_eager_mode(capsys, monkeypatch):
     compiler = partial(torch.compile, backend=broken_backend)
     monkeypatch.setattr(torch, "compile", compiler)
@@ -1868,6 +1843,8 @@ class ChainRun(NamedTuple):
     written: list[str]  # the windows of the buffer, at every latent write-back
     stored: list[int]  # the actions of steps that were stored and are not last ones
     taken: list[int]  # the actions that the environment got
+    stored_deter: list[np.ndarray]  # of every step
+    acting_deter: list[np.ndarray]  # of the policy when it chose that step's action
 
     def rows(self, name: str) -> np.ndarray:
         """(all rows, T, …) of all batches."""
@@ -1889,7 +1866,8 @@ CHAIN_RUNS = [
 @pytest.fixture(scope="module", params=CHAIN_RUNS, ids="-".join)
 def chain(request, tmp_path_factory) -> ChainRun:
     env_id, windows = request.param
-    run = ChainRun(env_id == "DreamerChain-v0", windows, [], [], [], [])
+    run = ChainRun(env_id == "DreamerChain-v0", windows, [], [], [], [], [], [])
+    policy = dreamerv3.policy
     convert = dreamerv3.batch_to_device
     write = Replay.update_latents
     add = Replay.add
@@ -1906,7 +1884,13 @@ def chain(request, tmp_path_factory) -> ChainRun:
     def record_add(replay, record):
         if not record["is_last"][0]:
             run.stored.append(int(record["action"][0, 0]))
+        run.stored_deter.append(record["deter"])
         add(replay, record)
+
+    def record_policy(*inputs):
+        action, state = policy(*inputs)
+        run.acting_deter.append(state[0].half().numpy())
+        return action, state
 
     def record_step(env, action):
         run.taken.append(action)
@@ -1918,6 +1902,7 @@ def chain(request, tmp_path_factory) -> ChainRun:
         patch.setattr(Replay, "update_latents", record_write)
         patch.setattr(Replay, "add", record_add)
         patch.setattr(Chain, "step", record_step)
+        patch.setattr(dreamerv3, "policy", record_policy)
         program.train(env_id=env_id, replay_windows=windows, total_timesteps=90)
     return run
 
@@ -1928,9 +1913,9 @@ def test_a_chain_run_makes_one_update_every_two_steps_and_writes_its_latents_bac
     assert chain.written == [chain.windows] * 25
 
 
-def test_the_first_batch_has_the_latents_that_the_agent_had_when_it_acted(chain):
-    assert chain.batches[0]["deter"].any()
-    assert chain.batches[0]["stoch"].any()
+def test_a_step_is_stored_with_the_latent_that_the_agent_had_when_it_acted(chain):
+    assert len(chain.stored_deter) == 90
+    np.testing.assert_array_equal(chain.stored_deter, chain.acting_deter)
 
 
 def test_a_step_is_stored_with_the_action_that_the_environment_takes_on_it(chain):
@@ -2546,12 +2531,6 @@ def test_an_action_space_that_is_not_supported_is_refused(space):
         dreamerv3.Adapter(Everything(space), 64)
 
 
-def test_an_observation_in_its_space_is_taken():
-    env = dreamerv3.Adapter(Everything(), 48)
-    obs = env.env.observation_space.sample()
-    assert env.observation(obs).keys() == env.specs.keys()
-
-
 @pytest.mark.parametrize(
     "key, value, name",
     [
@@ -2593,13 +2572,6 @@ def test_observations_that_leave_their_space_are_refused(key, value, name):
         env.observation(obs)
 
 
-@pytest.mark.parametrize("reward", [math.nan, -math.inf, None, np.zeros(2)], ids=str)
-def test_rewards_that_are_not_finite_numbers_are_refused(reward):
-    message = re.escape(f"reward {reward} is not a finite number")
-    with pytest.raises(ValueError, match=message):
-        dreamerv3.scalar_reward(reward)
-
-
 @pytest.mark.parametrize(
     "reward, expected",
     [(True, 1.0), (np.float16(2.5), 2.5), (np.ones(1), 1.0), ([[3]], 3.0), (1e38, 1e38)],
@@ -2621,8 +2593,12 @@ def test_atari_actions_are_sticky_as_the_id_says(env_id, sticky):
 @every_pong
 def test_atari_games_begin_with_1_to_30_no_ops(env_id):
     env = dreamerv3.make_env(env_id)
-    env.reset(seed=1)
-    assert 1 <= env.unwrapped.ale.getEpisodeFrameNumber() <= 30
+    frames = []
+    for seed in range(30):
+        env.reset(seed=seed)
+        frames.append(env.unwrapped.ale.getEpisodeFrameNumber())
+    assert 1 <= min(frames) < 10
+    assert 20 < max(frames) <= 30
 
 
 @every_pong
@@ -3466,7 +3442,9 @@ def test_seconds_of_a_csv_never_fall(way, same_runs):
 
 
 def test_returns_of_episodes_are_in_tensorboard(same_runs):
-    assert scalars(same_runs.resumed)["charts/episodic_return"] == [15] * 15
+    recorded = scalars(same_runs.resumed)
+    assert recorded["charts/episodic_return"] == [15] * 15
+    assert recorded["charts/episodic_length"] == [5] * 15
 
 
 def test_returns_of_evaluations_are_in_tensorboard(same_runs):
@@ -3581,6 +3559,49 @@ def test_the_learning_rate_of_the_flags_is_that_of_the_updates(program, finished
     assert scalars(finished)["charts/learning_rate"][-1] == pytest.approx(1e-3)
 
 
+def test_environments_get_the_seed_and_after_resume_the_step_too(program, monkeypatch):
+    seeds = []
+    reset = Chain.reset
+
+    def record(env, seed=None, options=None):
+        seeds.append(seed)
+        return reset(env, seed, options)
+
+    monkeypatch.setattr(Chain, "reset", record)
+    folder = program.train(env_id="DreamerChain-v0", total_timesteps=60, seed=7)
+    program.resume(folder, total_timesteps=70)
+    assert [seed for seed in seeds if seed is not None] == [7, 67]
+
+
+@pytest.fixture
+def aged(finished) -> Path:
+    """The finished run as the program before December 2026 has left it."""
+    state = saved(finished)
+    del state["specs"], state["action"], state["args"]["twohot_mean"]
+    state["capacity"] = state["args"]["buffer_size"]
+    state["global_step"] = state.pop("step")
+    state["owed"] = (60 - state.pop("trained")) / 2  # an update is due every 2 steps
+    for tensors in state["optimizer"]["state"].values():
+        tensors["mean"] = tensors.pop("exp_avg")
+        tensors["square"] = tensors.pop("exp_avg_sq")
+    torch.save(state, finished / "checkpoint.pt")
+    return finished
+
+
+def test_an_older_run_goes_on_with_the_exact_mean(program, aged):
+    program.resume(aged, total_timesteps=70)
+    assert counters(aged) == (70, 15)
+    assert saved(aged)["args"]["twohot_mean"] == "exact"
+    assert saved(aged)["args"]["buffer_size"] == 60
+
+
+def test_the_agent_of_an_older_run_can_be_loaded(program, aged):
+    with program.inside():
+        agent, _ = dreamerv3.load_agent(aged)
+    assert agent.specs == {"obs": ObsSpec((1,))}
+    assert agent.action == ActionSpec((4,), 4)
+
+
 def test_a_resumed_run_keeps_its_buffer_size(program, finished):
     program.resume(finished, total_timesteps=70)
     assert saved(finished)["args"]["buffer_size"] == 60
@@ -3640,12 +3661,12 @@ def make_third_update_nan(monkeypatch) -> None:
     monkeypatch.setattr(dreamerv3, "train_step", update)
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(program, finished, monkeypatch):
-    """Updates 11, 12, 13 are those of steps 62, 64, 66; the checkpoint of step 65 is the last."""
+def test_weights_that_are_not_finite_are_not_saved(program, finished, monkeypatch):
+    """Updates 11, 12, 13 are those of steps 62, 64, 66; the checkpoint of step 64 is the last."""
     make_third_update_nan(monkeypatch)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        program.resume(finished, total_timesteps=70, checkpoint_frequency=5, cudagraphs=False)
-    assert counters(finished) == (65, 12)
+    with pytest.raises(FloatingPointError, match="a weight is not finite at step 66"):
+        program.resume(finished, total_timesteps=70, checkpoint_frequency=2, cudagraphs=False)
+    assert counters(finished) == (64, 12)
 
 
 def test_a_model_that_diverged_leaves_no_trace_in_the_replay_buffer(program, finished, monkeypatch):
@@ -3822,6 +3843,12 @@ def test_live_tensors_are_constant_once_the_buffer_is_full(measurements):
     assert max(tensors) == min(tensors), tensors
 
 
+def test_no_cuda_means_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    device = dreamerv3.set_up_torch(Args(cuda=False, compile=False))
+    assert device.type == "cpu"
+
+
 def test_no_cuda_leaves_a_gpu_alone(program, monkeypatch):
     """One that is counted but cannot start."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -3832,11 +3859,12 @@ def test_no_cuda_leaves_a_gpu_alone(program, monkeypatch):
     assert "CUDA" not in program.out
 
 
-def test_convolutions_are_deterministic_and_in_float32(program, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+@pytest.mark.parametrize("wanted", [True, False])
+def test_convolutions_are_in_float32_and_deterministic_if_wanted(wanted, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", not wanted)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    program.train(env_id="DreamerChain-v0", total_timesteps=42)
-    assert torch.backends.cudnn.deterministic
+    dreamerv3.set_up_torch(Args(compile=False, torch_deterministic=wanted))
+    assert torch.backends.cudnn.deterministic == wanted
     assert not torch.backends.cudnn.allow_tf32
 
 
@@ -4012,6 +4040,16 @@ def test_eval_only_prints_the_returns(cartpole):
     assert line.startswith("evaluation: 4 episodes of CartPole-v1, return mean ")
 
 
+def test_an_evaluation_prints_mean_spread_and_range(cartpole, capsys):
+    with cartpole.program.inside():
+        agent, args = dreamerv3.load_agent(cartpole.folder)
+        returns = dreamerv3.evaluate(agent, args, episodes=4, seed=3)
+    assert min(returns) < max(returns)
+    spread = f"mean {np.mean(returns):.1f}, std {np.std(returns):.1f}"
+    ends = f"min {min(returns):g}, max {max(returns):g}"
+    assert capsys.readouterr().out.endswith(f"return {spread}, {ends}\n")
+
+
 def test_eval_only_plays_with_the_flags_that_are_given(cartpole):
     """A uniform actor does not play what the trained one does."""
     trained = evaluate_only(cartpole, cartpole.folder)
@@ -4061,11 +4099,6 @@ def test_evaluations_write_nothing(cartpole):
         agent, args = dreamerv3.load_agent(cartpole.folder)
         dreamerv3.evaluate(agent, args, episodes=1, seed=3)
     assert files(cartpole.program.folder) == before
-
-
-def test_eval_only_works_without_cuda(cartpole):
-    assert evaluate_only(cartpole, cartpole.folder, cuda=False) != ""
-    assert "CUDA" not in cartpole.program.out
 
 
 def test_episodes_of_an_evaluation_begin_differently(cartpole, monkeypatch):
@@ -4544,12 +4577,17 @@ def test_workers_do_not_run_the_script_again(scripted):
 
 
 def test_only_a_worker_leaves_the_process_group(monkeypatch):
-    """Ctrl-C must reach a program that is itself a process of multiprocessing."""
+    """AsyncVectorEnv makes one environment in the program too, which Ctrl-C must reach."""
     become_worker = Mock()
-    monkeypatch.setattr(multiprocessing, "parent_process", Mock())
+    seed_all = Mock()
     monkeypatch.setattr(dreamerv3, "become_worker", become_worker)
-    dreamerv3.make_env("DreamerShort-v0")
+    monkeypatch.setattr(dreamerv3, "seed_all", seed_all)
+    assert dreamerv3.make_in_worker(lambda: "made", os.getpid(), 7) == "made"
     assert not become_worker.called
+    assert not seed_all.called
+    assert dreamerv3.make_in_worker(lambda: "made", os.getpid() + 1, 7) == "made"
+    assert become_worker.called
+    seed_all.assert_called_once_with(7)
 
 
 # --- looking through a user's wrappers
@@ -4760,13 +4798,21 @@ def rendering(results: list) -> str:
 
 
 @pytest.mark.parametrize("kind", FRAMES)
-def test_a_frame_that_is_no_rgb_image_is_no_error(kind, tmp_path):
-    env_id = rendering(FRAMES[kind])
-    with closing(dreamerv3.make_env(env_id, videos=tmp_path, every_episode=True)) as env:
-        env.reset()
-        for _ in range(5):
-            *_, truncated, _ = env.step(np.zeros(8, np.float32))
-        assert truncated
+def test_every_frame_becomes_an_image_that_a_video_can_have(kind):
+    env = gym.make(rendering(FRAMES[kind]), render_mode="rgb_array", disable_env_checker=True)
+    env = dreamerv3.Frames(env)
+    env.reset()
+    shapes = set()
+    for _ in range(5):
+        env.step(env.action_space.sample())
+        frame = env.render()
+        assert frame.dtype == np.uint8
+        shapes.add(frame.shape)
+    ((height, width, channels),) = shapes
+    assert channels == 3
+    assert height % 2 == width % 2 == 0
+    assert 2 <= min(height, width)
+    assert max(height, width) <= 320
 
 
 VIDEOS = ["gray", "RGBA", "odd", "huge", "varying", "none later", "an error later"]
@@ -4872,26 +4918,25 @@ def interrupting(number: int) -> str:
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_a_signal_ends_a_run_with_its_status(number, in_folder):
+def test_a_signal_ends_a_run_which_is_saved_with_its_status(number, in_folder):
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
         dreamerv3.main(Args(**ACT_ONLY, env_id=interrupting(number)))
     assert stop.value.code == 128 + number
-
-
-@pytest.mark.parametrize("number", STOPS)
-def test_a_run_is_saved_after_a_signal(number, in_folder):
-    with pytest.raises(SystemExit):
-        dreamerv3.main(Args(**ACT_ONLY, env_id=interrupting(number)))
+    assert signal.getsignal(number) is before
     (folder,) = in_folder.glob("runs/*")
     assert 10 <= saved(folder)["step"] < 20
 
 
-@pytest.mark.parametrize("number", STOPS)
-def test_signal_handlers_are_restored_after_a_signal(number, in_folder):
-    before = signal.getsignal(number)
-    with pytest.raises(SystemExit):
-        dreamerv3.main(Args(**ACT_ONLY, env_id=interrupting(number)))
-    assert signal.getsignal(number) is before
+def test_the_second_signal_ends_the_program():
+    before = signal.getsignal(signal.SIGTERM)
+    run = SimpleNamespace(stopped=0)
+    try:
+        dreamerv3.Run.stop(run, signal.SIGTERM, None)
+        assert run.stopped == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(
@@ -5096,12 +5141,18 @@ REWARDS = {
 
 @pytest.mark.parametrize("repeat", [1, 2])
 @pytest.mark.parametrize("kind", REWARDS)
-def test_rewards_of_one_element_are_added_up_exactly(kind, repeat, program):
-    folder = act(program, env_id=rewarding(REWARDS[kind]), action_repeat=repeat)
-    assert set(episodes(folder)[:, 2]) == {5000}
+def test_rewards_of_one_element_are_added_up_exactly(kind, repeat):
+    env = dreamerv3.make_env(rewarding(REWARDS[kind]), action_repeat=repeat)
+    env.reset(seed=0)
+    over = False
+    while not over:
+        *_, over, info = env.step(np.zeros(8))
+    assert info["episode_return"] == 5000
 
 
-@pytest.mark.parametrize("reward", [None, [1, 2], "much", np.zeros(0), 1e39, math.nan, {}, 1j])
+@pytest.mark.parametrize(
+    "reward", [None, [1, 2], "much", np.zeros(0), 1e39, math.nan, -math.inf, {}, 1j]
+)
 def test_a_reward_that_is_no_number_is_refused(reward):
     env = dreamerv3.make_env(rewarding(reward))
     env.reset(seed=0)
@@ -5311,21 +5362,6 @@ def test_env_kwargs_that_are_no_json_object_are_refused(kwargs, program):
     assert re.search("--env-kwargs .*must be a JSON object", error)
 
 
-@pytest.mark.parametrize("discrete", [True, False], ids=["discrete", "continuous"])
-def test_the_mode_of_an_action_is_the_most_probable_one(discrete):
-    action = dreamerv3.ActionSpec((3, 2), 5) if discrete else dreamerv3.ActionSpec((), 2)
-    agent, _ = make_agent(action=action)
-    torch.nn.init.normal_(list(agent.actor.parameters())[-2], std=3.0)
-    state = agent.rssm.initial(4)
-    obs = {"vector": torch.randn(4, 5)}
-    chosen, (deter, stoch, _) = dreamerv3.policy(agent, obs, state, torch.ones(4).bool(), True)
-    pi = agent.actor(dreamerv3.get_feat(deter, stoch))
-    samples = torch.stack([pi.sample(agent.actor.noise(4)) for _ in range(200)])
-    best = torch.stack([pi.log_prob(x) for x in samples]).max()
-    assert pi.log_prob(chosen).max() >= best - 1e-4
-    assert (pi.log_prob(chosen) >= pi.log_prob(samples[0]) - 1e-4).all()
-
-
 @pytest.mark.parametrize("choice, mode", [("sample", False), ("mode", True)])
 def test_eval_action_chooses_how_evaluations_act(choice, mode, cartpole, monkeypatch):
     policy = Mock(wraps=dreamerv3.policy)
@@ -5460,8 +5496,8 @@ def test_norms_are_computed_in_float32():
 @pytest.mark.parametrize("action", [THREE, ActionSpec((), 2)], ids=["discrete", "continuous"])
 def test_the_last_layers_of_the_actor_begin_with_outscale_0_01(action):
     actor = networks.Actor(400, 300, action, 0.0)
-    std = actor.outs[0].weight.std().item()
-    assert std == pytest.approx(0.01 / math.sqrt(300), rel=0.15)
+    for out in actor.outs:
+        assert out.weight.std().item() == pytest.approx(0.01 / math.sqrt(300), rel=0.15)
 
 
 def even_noise(rows: int) -> Tensor:
@@ -5674,6 +5710,7 @@ def test_speeds_are_those_since_the_last_record(program, finished):
     steps = np.array(recorded["charts/SPS"])
     updates = np.array(recorded["charts/updates_per_second"])
     np.testing.assert_allclose(steps / updates, [2, 2], rtol=1e-5)
+    assert recorded["charts/updates"] == [12, 14]
 
 
 def test_the_train_ratio_is_recorded_over_the_whole_run(program, finished):
@@ -5726,20 +5763,17 @@ def test_a_run_is_saved_before_every_evaluation(program, finished, monkeypatch):
     assert seen == [(65, 12), (70, 15)]
 
 
+def test_the_mean_return_of_an_evaluation_is_recorded(program, finished, monkeypatch):
+    monkeypatch.setattr(dreamerv3, "evaluate", Mock(return_value=[1.0, 4.0, 4.0]))
+    program.resume(finished, total_timesteps=70, eval_frequency=5, eval_episodes=3)
+    assert scalars(finished)["eval/episodic_return"] == [3, 3]
+
+
 def test_every_evaluation_has_a_seed_of_its_own(program, finished, monkeypatch):
     evaluate = Mock(return_value=[])
     monkeypatch.setattr(dreamerv3, "evaluate", evaluate)
     program.resume(finished, total_timesteps=70, eval_frequency=5, seed=3)
     assert [call.args[3] for call in evaluate.call_args_list] == [3 + 65, 3 + 70]
-
-
-@pytest.mark.parametrize("action", ["sample", "mode"])
-def test_evaluations_act_as_the_flag_says(action, cartpole, monkeypatch):
-    policy = Mock(wraps=dreamerv3.policy)
-    monkeypatch.setattr(dreamerv3, "policy", policy)
-    evaluate_only(cartpole, cartpole.folder, eval_action=action)
-    modes = {call.kwargs["mode"] for call in policy.call_args_list}
-    assert modes == {action == "mode"}
 
 
 def test_a_signal_ends_the_updates_of_a_step(program, finished, monkeypatch):
@@ -5829,6 +5863,7 @@ def torchrun(cwd: Path, **flags) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=300,  # processes that disagree wait for each other
     )
     return result.stdout
 
@@ -5836,7 +5871,8 @@ def torchrun(cwd: Path, **flags) -> str:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> SimpleNamespace:
     """A run under torchrun, and what it was at its end: an update replays 2 * 4 * 16 steps, so that
-    one is due every 8 agent steps from step 64 on. It goes on after one process has lost a step."""
+    one is due every 8 agent steps from step 64 on. It goes on after one process has lost most of
+    its buffer."""
     cwd = tmp_path_factory.mktemp("torchrun")
     flags = dict(QUICK, batch_length=16, learning_starts=64, imagination_horizon=3)
     flags.update(size="auto", precision="auto")
@@ -5848,8 +5884,8 @@ def together(tmp_path_factory) -> SimpleNamespace:
         of_both = [np.load(folder / f"replay{i}" / f"{name}.npy")[0, :-1] for i in ("", 1)]
         setattr(ended, name.split(".")[0], of_both)
 
-    np.save(folder / "replay1" / "clock.npy", np.array([74]))
-    ended.resumed_out = torchrun(cwd, resume=folder, total_timesteps=160)
+    np.save(folder / "replay1" / "clock.npy", np.array([20]))
+    ended.resumed_out = torchrun(cwd, resume=folder, total_timesteps=200)
     ended.resumed_counters = counters(folder)
     return ended
 
@@ -5858,7 +5894,7 @@ def together(tmp_path_factory) -> SimpleNamespace:
 def test_a_run_can_be_resumed_by_more_processes(tmp_path):
     """Both collect --learning-starts steps, since one of them has no buffer yet."""
     alone = start_process(tmp_path, **QUICK, env_id="CartPole-v1", total_timesteps=60)
-    assert alone.wait() == 0
+    assert alone.wait(300) == 0
     (folder,) = tmp_path.glob("runs/*")
     out = torchrun(tmp_path, resume=folder, total_timesteps=110)
     assert "resumed at step 60 after 10 updates" in out
@@ -5898,9 +5934,12 @@ def test_processes_store_actions_of_their_own(together):
     assert (first != second).mean() > 0.2
 
 
-def test_processes_resume_together_though_one_has_lost_a_step(together):
+def test_processes_resume_together_though_one_has_lost_steps(together):
+    """Its 20 steps are 40 of both, 24 less than an update needs; from step 174 on one is due every
+    8 steps."""
     assert together.resumed_out.count("resumed at step 150 after 10 updates") == 1
-    assert together.resumed_counters == (160, 12)
+    assert "collecting 24 steps before the next update" in together.resumed_out
+    assert together.resumed_counters == (200, 10 + (200 - 174) // 8)
 
 
 # === the README: its environments, numbers, snippets and figures ==================================
@@ -6025,17 +6064,20 @@ def test_the_environment_of_your_own_trains(program):
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    "text, name, value",
     [
-        ("compile", True),
-        ("cudagraphs", True),
-        ("checkpoint_frequency", 10_000),
-        ("buffer_size", 1_000_000),
-        ("batch_size", 16),
-        ("learning_starts", 1024),
+        ("collects 1,024 steps", "learning_starts", 1024),
+        ("ends after 400,000 agent steps", "total_timesteps", 400_000),
+        ("one every 10,000 agent steps", "checkpoint_frequency", 10_000),
+        ("plays 10 episodes", "eval_episodes", 10),
+        ("(default 1,000) draws a dream", "video_frequency", 1000),
+        ("an update (16 x 64 steps)", "batch_size", 16),
+        ("an update (16 x 64 steps)", "batch_length", 64),
+        ("| `--buffer-size` | 1e6 |", "buffer_size", 1_000_000),
     ],
 )
-def test_defaults_that_the_readme_tells_in_words(name, value):
+def test_defaults_that_the_readme_tells_in_words(text, name, value):
+    assert text in README
     assert getattr(Args(), name) == value
 
 
@@ -6064,6 +6106,7 @@ def test_the_snippet_of_the_readme_plays_an_episode(program, capsys):
 def test_the_benchmark_runs_on_a_cpu(part, program, monkeypatch, capsys):
     """Its parts for a GPU are the same functions, captured."""
     bench = importlib.import_module("bench")
+    monkeypatch.setattr(bench, "product", Mock())  # it takes seconds, and prints a line as theirs
     flags = as_flags({"size": "1m", "compile": False, "batch_size": 2, "batch_length": 4})
     monkeypatch.setattr(sys, "argv", ["bench.py", part, "--repeats", "1", *flags])
     with program.inside():
@@ -6718,8 +6761,9 @@ def test_logs_of_ours_are_logs_of_the_program():
 def test_the_tables_of_the_results_are_those_that_are_printed():
     page = (RESULTS / "results.md").read_text()
     text = compare.compare(Results())
-    for line in text.splitlines():
-        assert line in page, "results.md lacks what compare.py prints"
+    assert len(re.findall("^## ", text, re.MULTILINE)) == 6
+    for block in text.split("\n\n"):
+        assert block in page, "results.md lacks what compare.py prints"
 
 
 @pytest.mark.parametrize(
@@ -6739,18 +6783,12 @@ def figures(page: Path) -> set[Path]:
     return {(page.parent / name).resolve() for name in names}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_figure_of_a_page_exists(page):
-    for path in figures(page):
-        assert path.exists(), path.name
-
-
 def test_every_figure_is_shown_on_a_page():
     shown = set().union(*(figures(page) for page in PAGES))
     assert {path.resolve() for path in RESULTS.glob("*.png")} <= shown
 
 
-def test_figures_are_drawn_from_the_committed_numbers(tmp_path):
+def test_every_figure_but_the_dream_is_drawn_from_the_csvs(tmp_path):
     plot.draw(Results(), tmp_path)
     drawn = {path.name for path in tmp_path.glob("*.png")}
     committed = {path.name for path in RESULTS.glob("*.png")}
@@ -6758,12 +6796,11 @@ def test_figures_are_drawn_from_the_committed_numbers(tmp_path):
     assert committed - drawn == {"Boxing_dream.png"}
 
 
-def test_a_figure_of_runs_that_do_not_exist_is_not_drawn(copied, tmp_path):
+def test_a_figure_of_runs_that_do_not_exist_is_not_drawn(copied):
     for path in copied.folder.glob("*demo*.csv"):
         path.unlink()
-    plot.draw(copied, tmp_path)
-    assert not (tmp_path / "demo.png").exists()
-    assert (tmp_path / "learning.png").exists()
+    assert plot.demo(copied) is None
+    assert plot.cartpole_16envs(copied) is None
 
 
 def test_every_link_of_a_page_leads_to_a_file():
