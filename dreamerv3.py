@@ -1646,7 +1646,7 @@ class Run:
             raise
         finally:
             if self.agent is not None and not self.failed:
-                self.failed = True
+                self.failed = True  # until it is written
                 self.save()
                 self.failed = False
 
