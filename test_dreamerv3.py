@@ -6796,6 +6796,14 @@ def test_every_figure_but_the_dream_is_drawn_from_the_csvs(tmp_path):
     assert committed - drawn == {"Boxing_dream.png"}
 
 
+def test_a_curve_is_named_by_its_seed_when_another_one_is_missing(copied):
+    write_finger(copied, compare.FINGER[2], 0)
+    _, (ax,) = plot.panels(1)
+    plot.finger_returns(ax, copied)
+    names = [line.get_label() for line in ax.lines]
+    assert names == ["official, seed 1", "official, seed 3"]
+
+
 def test_a_figure_of_runs_that_do_not_exist_is_not_drawn(copied):
     for path in copied.folder.glob("*demo*.csv"):
         path.unlink()

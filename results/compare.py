@@ -2,7 +2,7 @@
 
 `check` is the gate: it refuses runs whose rows of protocols.csv differ in a column that the rule
 does not name as tolerated. Then the statistics and verdicts of the rules are printed, one table for
-each comparison, below the protocols of its runs.
+each comparison, below the protocols of its runs, or one line where runs are missing.
 
 Where a rule leaves something open, it is settled here, before the runs: a rule on windows holds for
 every seed, except in comparison 2, which takes the mean over seeds. A mean over 50 updates stands

@@ -59,11 +59,12 @@ def draw_curves(ax: Axes, curves: list[Curve], label: str, color: str, **style) 
         ax.plot(x, y, label=None if i else label, color=color, linewidth=1.2, **style)
 
 
-def draw_seeds(ax: Axes, curves: list[Curve], label: str, color: str) -> None:
-    """Draw the seeds of a run solid, dashed and dotted."""
-    for i, (x, y) in enumerate(curves):
+def draw_seeds(ax: Axes, curves: list[list[Curve]], label: str, color: str) -> None:
+    """Draw seeds 1, 2 and 3 solid, dashed and dotted; one that does not exist has no curve."""
+    for i, found in enumerate(curves):
         name = f"{label}, seed {i + 1}"
-        ax.plot(x, y, label=name, color=color, linewidth=1.2, linestyle=LINESTYLES[i])
+        for x, y in found:
+            ax.plot(x, y, label=name, color=color, linewidth=1.2, linestyle=LINESTYLES[i])
 
 
 def finish(ax: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
@@ -75,36 +76,41 @@ def finish(ax: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
 
 
 # === finger-spin ==================================================================================
+def returns_by_seed(results: Results, names: list[str]) -> list[list[Curve]]:
+    """Running means of 5 training returns, for each name one curve, or none."""
+    return [returns(results, [name], 5) for name in names]
+
+
 def finger_returns(ax: Axes, results: Results) -> None:
     """Training returns of official and rounded runs."""
     results.check([*compare.FINGER, *compare.ROUNDED], [])
-    draw_seeds(ax, returns(results, compare.FINGER, 5), "official", OFFICIAL)
-    draw_seeds(ax, returns(results, compare.ROUNDED, 5), "ours", OURS)
+    draw_seeds(ax, returns_by_seed(results, compare.FINGER), "official", OFFICIAL)
+    draw_seeds(ax, returns_by_seed(results, compare.ROUNDED), "ours", OURS)
     title = "finger-spin, 1 environment, ratio 512"
     finish(ax, title, "agent steps", "return, mean of 5 episodes")
 
 
 def finger_ablation(ax: Axes, results: Results) -> None:
     """Training returns of official, rounded and exact runs."""
-    draw_seeds(ax, returns(results, compare.FINGER, 5), "official", OFFICIAL)
-    crossed = returns(results, [compare.FINGER_EXACT], 5)
+    draw_seeds(ax, returns_by_seed(results, compare.FINGER), "official", OFFICIAL)
+    crossed = returns_by_seed(results, [compare.FINGER_EXACT])
     draw_seeds(ax, crossed, "official, exact mean", "black")
-    draw_seeds(ax, returns(results, compare.ROUNDED, 5), "ours, rounded", OURS)
-    draw_seeds(ax, returns(results, compare.EXACT, 5), "ours, exact", EXACT)
+    draw_seeds(ax, returns_by_seed(results, compare.ROUNDED), "ours, rounded", OURS)
+    draw_seeds(ax, returns_by_seed(results, compare.EXACT), "ours, exact", EXACT)
     finish(ax, "finger-spin, training returns", "agent steps", "return, mean of 5 episodes")
 
 
 def finger_metric(ax: Axes, results: Results, name: str) -> None:
     """A metric of official, rounded and exact runs."""
     key = compare.FINGER_METRICS[name]
-    official = metric(results, compare.FINGER, "opt_updates", key)
+    official = [metric(results, [run], "opt_updates", key) for run in compare.FINGER]
     draw_seeds(ax, official, "official", OFFICIAL)
     crossed = metric(results, [compare.FINGER_EXACT], "opt_updates", key)
-    draw_seeds(ax, crossed, "official, exact mean", "black")
-    rounded = metric(results, compare.ROUNDED, "updates", name)
-    draw_seeds(ax, middle(rounded), "ours, rounded", OURS)
-    exact = metric(results, compare.EXACT, "updates", name)
-    draw_seeds(ax, middle(exact), "ours, exact", EXACT)
+    draw_seeds(ax, [crossed], "official, exact mean", "black")
+    rounded = [middle(metric(results, [run], "updates", name)) for run in compare.ROUNDED]
+    draw_seeds(ax, rounded, "ours, rounded", OURS)
+    exact = [middle(metric(results, [run], "updates", name)) for run in compare.EXACT]
+    draw_seeds(ax, exact, "ours, exact", EXACT)
     finish(ax, name, "updates", "", legend=False)
 
 
