@@ -229,10 +229,18 @@ class Args:
 
 
 def model_size(deter: int) -> Size:
-    """All widths follow from D; z always has S = 32 groups, of K = D / 128 classes."""
+    """All widths follow from D; z has S = 32 groups of K = D / 128 classes in every size."""
     units = deter // 8
     classes = deter // 128
-    return Size(deter, hidden=units, units=units, classes=classes, depth=classes)
+    return Size(
+        deter=deter,
+        hidden=units,
+        units=units,
+        classes=classes,
+        depth=classes,
+        groups=32,
+        blocks=8,
+    )
 
 
 SIZES = {
@@ -1971,6 +1979,7 @@ def make_replay(args: Args, agent: Agent, run: Run) -> Replay:
     layout["reward"] = ((), np.float32)
     layout["deter"] = ((agent.size.deter,), np.float16)
     layout["stoch"] = ((agent.size.groups,), np.uint8)
+    assert agent.size.classes <= 256, "a class of z does not fit into uint8"
     if not args.resume:  # a run keeps its buffer
         capacity = min(args.buffer_size, args.total_timesteps // run.num_processes)
         args.buffer_size = max(capacity, args.batch_size * args.batch_length)
@@ -2206,7 +2215,7 @@ def plot_lines(lines: list[tuple[str, Tensor]], context: int):
     axes = figure.subplots(len(lines), squeeze=False)[:, 0]
     for ax, (name, x) in zip(axes, lines, strict=True):
         x = F.pad(x, (0, 0, 0, 1), value=math.nan)  # a gap between sequences
-        ax.plot(x.flatten(0, 1), label=["true", "predicted"])
+        ax.plot(x.flatten(0, 1).numpy(), label=["true", "predicted"])
         ax.set(ylabel=name, xticks=begin + context, xlim=(-1, begin[-1] + length))
     ax.legend(loc="upper right")
     return figure

@@ -67,8 +67,8 @@ class Size(NamedTuple):
     units: int  # U, of all MLPs
     classes: int  # K
     depth: int  # channels of a convolution are multiples of it
-    groups: int = 32  # S
-    blocks: int = 8  # G
+    groups: int  # S
+    blocks: int  # G
 
 
 # --- 1. symlog and twohot (paper: "Robust predictions") -------------------------------------------
@@ -428,9 +428,10 @@ class Encoder(nn.Module):
         if self.vectors:
             flat = []
             for key in self.vectors:
-                shape, classes = self.specs[key]
-                if classes:
-                    flat.append(one_hot(obs[key], classes).flatten(-1 - len(shape)))
+                spec = self.specs[key]
+                if spec.classes:
+                    classes = one_hot(obs[key], spec.classes)
+                    flat.append(classes.flatten(-1 - len(spec.shape)))
                 else:
                     flat.append(symlog(obs[key]))
             parts.append(self.mlp(torch.cat(flat, -1)))  # (…, U)
@@ -579,9 +580,10 @@ class Decoder(nn.Module):
         if self.vectors:
             x = self.mlp(torch.cat([stoch, deter], -1))  # (N, U)
             for key, out in zip(self.vectors, self.outs, strict=True):
-                shape, classes = self.specs[key]
-                if classes:
-                    shape = (*shape, classes)
+                spec = self.specs[key]
+                shape = spec.shape
+                if spec.classes:
+                    shape = (*shape, spec.classes)
                 preds[key] = out(x).float().reshape(*lead, *shape)
         if self.images:
             height, width, _ = self.map_shape

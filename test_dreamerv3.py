@@ -1427,6 +1427,7 @@ def test_upsampling_and_convolving_equals_its_definition():
     torch.testing.assert_close(networks.upsample_conv(x, conv), expected)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize(
     "size, of_image, of_vector",
     [
@@ -3866,6 +3867,13 @@ def test_convolutions_are_in_float32_and_deterministic_if_wanted(wanted, monkeyp
     dreamerv3.set_up_torch(Args(compile=False, torch_deterministic=wanted))
     assert torch.backends.cudnn.deterministic == wanted
     assert not torch.backends.cudnn.allow_tf32
+
+
+def test_more_classes_than_a_byte_holds_are_not_stored():
+    agent, args = make_agent()
+    agent.size = TINY._replace(classes=257)
+    with pytest.raises(AssertionError, match="uint8"):
+        dreamerv3.make_replay(args, agent, run=None)
 
 
 # === dreams =======================================================================================
