@@ -6470,6 +6470,33 @@ def test_rounded_and_exact_are_separated_only_if_all_seeds_are(copied, delay, ri
 
 
 @pytest.mark.parametrize(
+    ("steps", "factor", "expected"),
+    [
+        (23_924, 1.0, "rounded ends higher"),  # at least 0.8 x the mean of 8 episodes
+        (23_924, 0.75, "not yet"),
+        (21_000, 1.0, "not yet"),
+    ],
+)
+def test_episodes_that_a_rounded_run_has_not_come_to_count_0(copied, steps, factor, expected):
+    """The exact runs have 0.7 times the returns."""
+    for name in compare.ROUNDED:
+        write_finger(copied, name, 0, factor)
+    for name in compare.EXACT:
+        write_finger(copied, name, 0, 0.7)
+    run = copied.read(compare.ROUNDED[1])
+    inside = run["global_step"] <= steps
+    columns = {key: values[inside] for key, values in run.items()}
+    write_columns(copied.path(compare.ROUNDED[1]), columns)
+    text = compare.compare_rounding(copied)
+    statistic = "mean return of the last 10 episodes: rounded"
+    assert verdict_of(text, statistic) == expected
+    bound = compare.least_end(copied, compare.ROUNDED[1])
+    missing = int((run["global_step"] <= 25_000).sum()) - len(columns["return"])
+    assert bound == pytest.approx(columns["return"][missing - 10 :].sum() / 10)
+    assert f"at least {compare.number(bound)}" in text
+
+
+@pytest.mark.parametrize(
     ("factor", "expected"),
     [
         (1, "in range (weak)"),
