@@ -650,6 +650,20 @@ def test_closed_form_the_learning_rate_rises_from_0(updates, expected):
     assert rate.item() == pytest.approx(expected)
 
 
+def test_closed_form_mean_of_mirrored_bins_that_differ_a_little():
+    """(0.2501 - 0.25) * 22025.4658 = 2.20255, though the difference is 0.04 %."""
+    weights = [0, 0.25, 0.4999, 0.2501, 0]
+    mean = predict(TwoHot(bins=5, mean="exact"), weights)
+    assert mean == pytest.approx(2.20255, rel=2e-3)
+
+
+def test_closed_form_lambda_is_0_95_if_it_is_not_told():
+    discount = torch.full((1, 4), 0.5)
+    returns = dreamerv3.lambda_return(REWARD, VALUE, discount)
+    expected = dreamerv3.lambda_return(REWARD, VALUE, discount, lam=0.95)
+    assert torch.equal(returns, expected)
+
+
 # === golden: numbers computed by the official JAX code (golden/README.md) =========================
 FILES = sorted(Path(os.environ.get("GOLDEN_DIR", ROOT / "golden")).glob("*.npz"))
 assert FILES, "no .npz file in GOLDEN_DIR"
@@ -1456,6 +1470,70 @@ def test_every_size_is_counted():
     assert list(SIZES) == ["1m", "12m", "25m", "50m", "100m", "200m", "400m"]
 
 
+def test_the_lowest_noise_does_not_sample_a_class_of_probability_0():
+    probs = torch.tensor([0.0, 1.0])
+    assert networks.sample_index(probs, torch.tensor(0.0)) == 1
+
+
+def test_the_mode_of_independent_categoricals_is_their_most_probable_classes():
+    ours, (first, second), *_ = two_categoricals()
+    expected = [torch.eye(3)[first.probs.argmax(-1)], torch.eye(4)[second.probs.argmax(-1)]]
+    assert torch.equal(ours.mode(), torch.cat(expected, -1))
+
+
+def test_the_mode_of_a_normal_is_its_mean():
+    mean = torch.randn(6, 2)
+    assert torch.equal(networks.Normal(mean, torch.ones(6, 2)).mode(), mean)
+
+
+def test_norms_are_computed_in_float32():
+    norm = networks.NormSiLU(64)
+    x = torch.randn(9, 64).bfloat16()
+    assert torch.equal(norm(x), norm(x.float()).bfloat16())
+
+
+@pytest.mark.parametrize("action", [THREE, ActionSpec((), 2)], ids=["discrete", "continuous"])
+def test_the_last_layers_of_the_actor_begin_with_outscale_0_01(action):
+    actor = networks.Actor(400, 300, action, 0.0)
+    for out in actor.outs:
+        assert out.weight.std().item() == pytest.approx(0.01 / math.sqrt(300), rel=0.15)
+
+
+def even_noise(rows: int) -> Tensor:
+    """Noise (N, S) that goes evenly through [0, 1)."""
+    u = (torch.arange(rows) + 0.5) / rows
+    return u.unsqueeze(-1).expand(rows, TINY.groups)
+
+
+def test_states_are_predicted_with_unimix():
+    """Which is all of the probability here, so that the logits do not matter."""
+    agent = agent_of_uniform_latents()
+    nn.init.normal_(agent.rssm.prior[2].bias, std=10)
+    _, stoch = agent.rssm.predict_step(*agent.rssm.initial(400), even_noise(400))
+    torch.testing.assert_close(stoch.sum(0), torch.full((4, 4), 100.0))
+
+
+def test_states_are_filtered_with_unimix():
+    agent = agent_of_uniform_latents()
+    nn.init.normal_(agent.rssm.post[1].bias, std=10)
+    embed = torch.zeros(400, TINY.units)
+    is_first = torch.ones(400, dtype=torch.bool)
+    state = agent.rssm.initial(400)
+    _, stoch, _ = agent.rssm.observe_step(*state, embed, is_first, even_noise(400))
+    torch.testing.assert_close(stoch.sum(0), torch.full((4, 4), 100.0))
+
+
+def test_the_policy_can_take_the_most_probable_action():
+    agent, _ = make_agent()
+    obs = make_batch(agent, batch=100, length=1)["obs"]
+    obs = {key: x[:, 0] for key, x in obs.items()}
+    state = agent.rssm.initial(100)
+    is_first = torch.ones(100, dtype=torch.bool)
+    action, (deter, stoch, _) = dreamerv3.policy(agent, obs, state, is_first, mode=True)
+    feat = dreamerv3.get_feat(deter, stoch)
+    assert torch.equal(action, agent.actor(feat).mode())
+
+
 # === returns, optimizer, flags ====================================================================
 # 21 returns: the ranks of the percentiles are whole numbers
 RETURN_SHAPES = [(1,), (2, 1), (21,), (16, 15)]
@@ -1668,6 +1746,88 @@ def test_all_metrics_are_float32(precision):
     _, metrics = update_once(precision=precision)
     for name, x in metrics.items():
         assert x.dtype == torch.float32, name
+
+
+def test_the_slow_critic_begins_as_the_critic():
+    agent = Agent(VECTOR, THREE, TINY, Args())
+    for slow, fast in zip(agent.slow_critic.parameters(), agent.critic.parameters(), strict=True):
+        assert torch.equal(slow, fast)
+
+
+def test_the_total_loss_is_the_sum_of_all_weighted_by_their_flags():
+    _, metrics = update_once(
+        pred_scale=2.0,
+        dyn_scale=3.0,
+        rep_scale=4.0,
+        replay_critic_scale=5.0,
+        slow_critic_scale=6.0,
+    )
+    weights = {
+        "recon": 2,
+        "reward": 2,
+        "continue": 2,
+        "dyn": 3,
+        "rep": 4,
+        "actor": 1,
+        "critic": 1,
+        "replay_critic": 5,
+    }
+    total = sum(weight * metrics[f"losses/{name}"] for name, weight in weights.items())
+    torch.testing.assert_close(metrics["losses/total"], total, rtol=1e-5, atol=0)
+
+
+def test_gradients_are_clipped_as_the_flag_says(monkeypatch):
+    clip = Mock(wraps=dreamerv3.clip_gradients)
+    monkeypatch.setattr(dreamerv3, "clip_gradients", clip)
+    update_once(clip=0.1)
+    assert clip.call_args.args[1] == 0.1
+
+
+def test_the_return_scale_is_recorded():
+    agent, metrics = update_once()
+    assert metrics["behavior/return_scale"] == agent.return_norm.scale
+
+
+def root_mean_square(tensors: list[Tensor]) -> Tensor:
+    """Of all numbers of these tensors."""
+    return torch.cat([x.flatten() for x in tensors]).square().mean().sqrt()
+
+
+def test_root_mean_squares_of_weights_and_of_their_change_are_recorded():
+    agent, args = make_agent()
+    params = agent.trained()
+    before = [p.detach().clone() for p in params]
+    optimizer = dreamerv3.LaProp(params, lr=0.1)
+    _, metrics = dreamerv3.train_step(agent, optimizer, make_batch(agent), args)
+    after = [p.detach() for p in params]
+    changes = [x - y for x, y in zip(after, before, strict=True)]
+    torch.testing.assert_close(metrics["optim/param_rms"], root_mean_square(after))
+    expected = root_mean_square(changes)
+    torch.testing.assert_close(metrics["optim/update_rms"], expected, rtol=1e-4, atol=0)
+
+
+def test_the_learning_rate_is_recorded_with_its_warm_up():
+    agent, args = make_agent()
+    optimizer = dreamerv3.LaProp(agent.trained(), lr=0.4, warmup=4)
+    rates = []
+    for _ in range(3):
+        _, metrics = dreamerv3.train_step(agent, optimizer, make_batch(agent), args)
+        rates.append(metrics["charts/learning_rate"].item())
+    assert rates == pytest.approx([0, 0.1, 0.2])
+
+
+def test_latents_of_a_batch_have_one_vector_for_every_group():
+    """Where there are not as many groups as classes."""
+    size = TINY._replace(groups=6)
+    agent = Agent(VECTOR, THREE, size, Args())
+    arrays = {
+        "prev_action": np.zeros((2, 5, 1), np.int32),
+        "deter": np.zeros((2, 32), np.float16),
+        "stoch": np.full((2, 6), 3, np.uint8),
+    }
+    batch = dreamerv3.batch_to_device(arrays, agent, torch.device("cpu"))
+    expected = torch.tensor([0.0, 0, 0, 1]).expand(2, 6, 4)
+    assert torch.equal(batch["stoch"], expected)
 
 
 # === gradients, devices, graphs ===================================================================
@@ -2347,6 +2507,70 @@ def test_bytes_per_step_count_fields_flags_and_index():
     assert Replay.bytes_per_step(FIELDS) == obs + action + reward + latents + flags + index
 
 
+def test_a_stretch_goes_on_where_the_state_was_taken(tmp_path):
+    """Of its 8 steps, 4 are stored before and 4 after."""
+    first = stored_replay(tmp_path, "stream")
+    fill(first, 12, [1000])
+    second = stored_replay(tmp_path, "stream")
+    second.load_state_dict(first.state_dict())
+    fill(second, 4, [1000])
+    assert second.online == {0: 8, 1: 8}
+
+
+def test_latents_are_written_back_to_their_own_steps():
+    """All 20 steps of both environments in turn, each with a number of its own."""
+    replay = Replay(40, 2, FIELDS, 4)
+    fill(replay, 20, [1000])
+    env = np.array([[0], [1]]).repeat(5, 0)  # (10, 1)
+    time = np.tile(np.arange(20).reshape(5, 4), (2, 1))  # (10, 4)
+    number = np.arange(40).reshape(10, 4)
+    deter = number[..., None].repeat(3, -1)
+    stoch = number[..., None].repeat(2, -1)
+    replay.update_latents((env, time), deter, stoch)
+    expected = np.arange(40).reshape(2, 20)
+    np.testing.assert_array_equal(replay.data["deter"][:, :20, 0], expected)
+    np.testing.assert_array_equal(replay.data["stoch"][:, :20, 0], expected)
+
+
+def test_files_of_another_type_are_refused(tmp_path):
+    stored_replay(tmp_path)
+    fields = dict(FIELDS, reward=((), np.float64))
+    with pytest.raises(ValueError, match="this run needs float64"):
+        Replay(60, 2, fields, 8, folder=tmp_path)
+
+
+def test_a_step_that_is_written_in_part_tears_none_that_is_sampled():
+    """A full buffer, and a kill while its next step is written."""
+    replay = Replay(60, 2, FIELDS, 8, "stream")
+    fill(replay, 80, [1])
+    step = {name: array[:, 0] + 1 for name, array in replay.data.items()}
+    del step["stoch"]
+    with pytest.raises(KeyError):
+        replay.add(step)
+    for _ in range(50):
+        batch, (_, time) = replay.sample(16)
+        np.testing.assert_array_equal(batch["reward"], time)
+
+
+def test_a_stretch_that_begins_with_the_oldest_step_is_used():
+    """Of steps 0 to 24 a buffer of 9 keeps 16 to 24; 16 begins an episode."""
+    replay = Replay(9, 1, FIELDS, 8)
+    fill(replay, 24, [8])
+    fill(replay, 1, [8])
+    assert replay.online == {0: 16}
+    _, (_, time) = replay.sample(1)
+    assert time[0].tolist() == [16, 17, 18, 19, 20, 21, 22, 23]
+
+
+def test_stream_windows_reach_the_newest_step():
+    replay = Replay(60, 1, FIELDS, 8, "stream")
+    fill(replay, 20, [1000])
+    replay.online.clear()
+    _, (_, time) = replay.sample(500)
+    assert time.max() == 19
+    assert time.min() == 0
+
+
 # === environments =================================================================================
 def test_adapter_flattens_every_space():
     assert dreamerv3.Adapter(Everything(), 48).specs == {
@@ -2904,6 +3128,110 @@ def test_infos_that_gymnasium_cannot_join_do_no_harm():
     _, rewards, _, _, infos = envs.step(np.zeros((2, 1), np.int64))
     assert rewards.tolist() == [1, 1]
     assert infos == {}
+
+
+def test_an_interval_is_over_at_the_first_step_after_a_multiple_of_it():
+    """With three environments, whose steps are counted together."""
+    due = []
+    for step in range(3, 33, 3):
+        run = SimpleNamespace(step=step, all_envs=3)
+        if dreamerv3.Run.due(run, 10):
+            due.append(step)
+    assert due == [12, 21, 30]
+
+
+def test_a_resumed_run_counts_the_stored_steps_of_all_environments(program, monkeypatch):
+    """60 steps of two environments are more than the 40 that it needs."""
+    monkeypatch.setattr(dreamerv3, "start_workers", gym.vector.SyncVectorEnv)
+    folder = program.train(env_id="DreamerChain-v0", num_envs=2, total_timesteps=60)
+    program.resume(folder, total_timesteps=64)
+    assert "collecting" not in program.out
+    assert counters(folder) == (64, 12)
+
+
+def test_speeds_are_those_since_the_last_record(program, finished):
+    """An update every 2 steps, a record every 4."""
+    program.resume(finished, total_timesteps=68, log_frequency=4)
+    recorded = scalars(finished)
+    steps = np.array(recorded["charts/SPS"])
+    updates = np.array(recorded["charts/updates_per_second"])
+    np.testing.assert_allclose(steps / updates, [2, 2], rtol=1e-5)
+    assert recorded["charts/updates"] == [12, 14]
+
+
+def test_the_train_ratio_is_recorded_over_the_whole_run(program, finished):
+    """12 and 14 updates of 32 steps, after 64 and 68 agent steps."""
+    program.resume(finished, total_timesteps=68, log_frequency=4)
+    ratios = scalars(finished)["charts/train_ratio"]
+    assert ratios == pytest.approx([12 * 32 / 64, 14 * 32 / 68])
+
+
+def test_frames_are_recorded_with_the_action_repeat(program):
+    flags = {"env_id": "Pendulum-v1", "action_repeat": 2, "log_frequency": 20}
+    folder = program.train(total_timesteps=60, **flags)
+    assert scalars(folder)["charts/frames"] == [120]
+
+
+def test_the_bar_shows_the_mean_return_of_20_episodes(program, monkeypatch):
+    postfix = Mock()
+    monkeypatch.setattr(dreamerv3.tqdm, "set_postfix_str", postfix)
+    folder = program.train(env_id="CartPole-v1", total_timesteps=700, learning_starts=700)
+    returns = episodes(folder)[:, 2]
+    assert len(returns) > 20
+    text = postfix.call_args.args[0]
+    assert text.startswith(f"mean return {returns[-20:].mean():.1f}, ")
+
+
+def test_the_warm_up_of_the_flags_is_that_of_the_updates(program, finished):
+    """Updates 10 to 14, counted from 0, of 100."""
+    more = {"learning_rate": 1e-3, "warmup_updates": 100, "log_frequency": 10}
+    program.resume(finished, total_timesteps=70, **more)
+    (rate,) = scalars(finished)["charts/learning_rate"]
+    assert rate == pytest.approx(1e-3 * 12 / 100)
+
+
+def test_dreams_are_counted_in_updates(program, finished):
+    """Updates 11 to 15."""
+    program.resume(finished, total_timesteps=70, video_frequency=3)
+    assert sorted(path.stem for path in finished.glob("dreams/*")) == ["12", "15"]
+
+
+def test_a_run_is_saved_before_every_evaluation(program, finished, monkeypatch):
+    """Also when no checkpoint is due."""
+    seen = []
+
+    def evaluate(*args):
+        seen.append(counters(finished))
+        return []
+
+    monkeypatch.setattr(dreamerv3, "evaluate", evaluate)
+    program.resume(finished, total_timesteps=70, eval_frequency=5)
+    assert seen == [(65, 12), (70, 15)]
+
+
+def test_the_mean_return_of_an_evaluation_is_recorded(program, finished, monkeypatch):
+    monkeypatch.setattr(dreamerv3, "evaluate", Mock(return_value=[1.0, 4.0, 4.0]))
+    program.resume(finished, total_timesteps=70, eval_frequency=5, eval_episodes=3)
+    assert scalars(finished)["eval/episodic_return"] == [3, 3]
+
+
+def test_every_evaluation_has_a_seed_of_its_own(program, finished, monkeypatch):
+    evaluate = Mock(return_value=[])
+    monkeypatch.setattr(dreamerv3, "evaluate", evaluate)
+    program.resume(finished, total_timesteps=70, eval_frequency=5, seed=3)
+    assert [call.args[3] for call in evaluate.call_args_list] == [3 + 65, 3 + 70]
+
+
+def test_a_signal_ends_the_updates_of_a_step(program, finished, monkeypatch):
+    """Two are due after every step; the signal comes in the first one."""
+
+    def stop(log, metrics):
+        log.run.stopped = signal.SIGTERM
+
+    monkeypatch.setattr(dreamerv3.Log, "update", stop)
+    status = program.call(resume=finished, total_timesteps=70, train_ratio=64)
+    assert status == 128 + signal.SIGTERM
+    assert counters(finished) == (61, 11)
 
 
 # === the program: input that it refuses ===========================================================
@@ -5460,340 +5788,6 @@ def test_a_task_with_ends_is_not_noted(capsys):
     run.step = 50_000
     log.episodes({})
     assert "note" not in capsys.readouterr().out
-
-
-# === what only a changed line of the code had shown ==============================================
-# --- closed form
-def test_closed_form_mean_of_mirrored_bins_that_differ_a_little():
-    """(0.2501 - 0.25) * 22025.4658 = 2.20255, though the difference is 0.04 %."""
-    weights = [0, 0.25, 0.4999, 0.2501, 0]
-    mean = predict(TwoHot(bins=5, mean="exact"), weights)
-    assert mean == pytest.approx(2.20255, rel=2e-3)
-
-
-def test_closed_form_lambda_is_0_95_if_it_is_not_told():
-    discount = torch.full((1, 4), 0.5)
-    returns = dreamerv3.lambda_return(REWARD, VALUE, discount)
-    expected = dreamerv3.lambda_return(REWARD, VALUE, discount, lam=0.95)
-    assert torch.equal(returns, expected)
-
-
-# --- distributions and layers
-def test_the_lowest_noise_does_not_sample_a_class_of_probability_0():
-    probs = torch.tensor([0.0, 1.0])
-    assert networks.sample_index(probs, torch.tensor(0.0)) == 1
-
-
-def test_the_mode_of_independent_categoricals_is_their_most_probable_classes():
-    ours, (first, second), *_ = two_categoricals()
-    expected = [torch.eye(3)[first.probs.argmax(-1)], torch.eye(4)[second.probs.argmax(-1)]]
-    assert torch.equal(ours.mode(), torch.cat(expected, -1))
-
-
-def test_the_mode_of_a_normal_is_its_mean():
-    mean = torch.randn(6, 2)
-    assert torch.equal(networks.Normal(mean, torch.ones(6, 2)).mode(), mean)
-
-
-def test_norms_are_computed_in_float32():
-    norm = networks.NormSiLU(64)
-    x = torch.randn(9, 64).bfloat16()
-    assert torch.equal(norm(x), norm(x.float()).bfloat16())
-
-
-@pytest.mark.parametrize("action", [THREE, ActionSpec((), 2)], ids=["discrete", "continuous"])
-def test_the_last_layers_of_the_actor_begin_with_outscale_0_01(action):
-    actor = networks.Actor(400, 300, action, 0.0)
-    for out in actor.outs:
-        assert out.weight.std().item() == pytest.approx(0.01 / math.sqrt(300), rel=0.15)
-
-
-def even_noise(rows: int) -> Tensor:
-    """Noise (N, S) that goes evenly through [0, 1)."""
-    u = (torch.arange(rows) + 0.5) / rows
-    return u.unsqueeze(-1).expand(rows, TINY.groups)
-
-
-def test_states_are_predicted_with_unimix():
-    """Which is all of the probability here, so that the logits do not matter."""
-    agent = agent_of_uniform_latents()
-    nn.init.normal_(agent.rssm.prior[2].bias, std=10)
-    _, stoch = agent.rssm.predict_step(*agent.rssm.initial(400), even_noise(400))
-    torch.testing.assert_close(stoch.sum(0), torch.full((4, 4), 100.0))
-
-
-def test_states_are_filtered_with_unimix():
-    agent = agent_of_uniform_latents()
-    nn.init.normal_(agent.rssm.post[1].bias, std=10)
-    embed = torch.zeros(400, TINY.units)
-    is_first = torch.ones(400, dtype=torch.bool)
-    state = agent.rssm.initial(400)
-    _, stoch, _ = agent.rssm.observe_step(*state, embed, is_first, even_noise(400))
-    torch.testing.assert_close(stoch.sum(0), torch.full((4, 4), 100.0))
-
-
-def test_the_policy_can_take_the_most_probable_action():
-    agent, _ = make_agent()
-    obs = make_batch(agent, batch=100, length=1)["obs"]
-    obs = {key: x[:, 0] for key, x in obs.items()}
-    state = agent.rssm.initial(100)
-    is_first = torch.ones(100, dtype=torch.bool)
-    action, (deter, stoch, _) = dreamerv3.policy(agent, obs, state, is_first, mode=True)
-    feat = dreamerv3.get_feat(deter, stoch)
-    assert torch.equal(action, agent.actor(feat).mode())
-
-
-# --- updates
-def test_the_slow_critic_begins_as_the_critic():
-    agent = Agent(VECTOR, THREE, TINY, Args())
-    for slow, fast in zip(agent.slow_critic.parameters(), agent.critic.parameters(), strict=True):
-        assert torch.equal(slow, fast)
-
-
-def test_the_total_loss_is_the_sum_of_all_weighted_by_their_flags():
-    _, metrics = update_once(
-        pred_scale=2.0,
-        dyn_scale=3.0,
-        rep_scale=4.0,
-        replay_critic_scale=5.0,
-        slow_critic_scale=6.0,
-    )
-    weights = {
-        "recon": 2,
-        "reward": 2,
-        "continue": 2,
-        "dyn": 3,
-        "rep": 4,
-        "actor": 1,
-        "critic": 1,
-        "replay_critic": 5,
-    }
-    total = sum(weight * metrics[f"losses/{name}"] for name, weight in weights.items())
-    torch.testing.assert_close(metrics["losses/total"], total, rtol=1e-5, atol=0)
-
-
-def test_gradients_are_clipped_as_the_flag_says(monkeypatch):
-    clip = Mock(wraps=dreamerv3.clip_gradients)
-    monkeypatch.setattr(dreamerv3, "clip_gradients", clip)
-    update_once(clip=0.1)
-    assert clip.call_args.args[1] == 0.1
-
-
-def test_the_return_scale_is_recorded():
-    agent, metrics = update_once()
-    assert metrics["behavior/return_scale"] == agent.return_norm.scale
-
-
-def root_mean_square(tensors: list[Tensor]) -> Tensor:
-    """Of all numbers of these tensors."""
-    return torch.cat([x.flatten() for x in tensors]).square().mean().sqrt()
-
-
-def test_root_mean_squares_of_weights_and_of_their_change_are_recorded():
-    agent, args = make_agent()
-    params = agent.trained()
-    before = [p.detach().clone() for p in params]
-    optimizer = dreamerv3.LaProp(params, lr=0.1)
-    _, metrics = dreamerv3.train_step(agent, optimizer, make_batch(agent), args)
-    after = [p.detach() for p in params]
-    changes = [x - y for x, y in zip(after, before, strict=True)]
-    torch.testing.assert_close(metrics["optim/param_rms"], root_mean_square(after))
-    expected = root_mean_square(changes)
-    torch.testing.assert_close(metrics["optim/update_rms"], expected, rtol=1e-4, atol=0)
-
-
-def test_the_learning_rate_is_recorded_with_its_warm_up():
-    agent, args = make_agent()
-    optimizer = dreamerv3.LaProp(agent.trained(), lr=0.4, warmup=4)
-    rates = []
-    for _ in range(3):
-        _, metrics = dreamerv3.train_step(agent, optimizer, make_batch(agent), args)
-        rates.append(metrics["charts/learning_rate"].item())
-    assert rates == pytest.approx([0, 0.1, 0.2])
-
-
-def test_latents_of_a_batch_have_one_vector_for_every_group():
-    """Where there are not as many groups as classes."""
-    size = TINY._replace(groups=6)
-    agent = Agent(VECTOR, THREE, size, Args())
-    arrays = {
-        "prev_action": np.zeros((2, 5, 1), np.int32),
-        "deter": np.zeros((2, 32), np.float16),
-        "stoch": np.full((2, 6), 3, np.uint8),
-    }
-    batch = dreamerv3.batch_to_device(arrays, agent, torch.device("cpu"))
-    expected = torch.tensor([0.0, 0, 0, 1]).expand(2, 6, 4)
-    assert torch.equal(batch["stoch"], expected)
-
-
-# --- replay
-def test_a_stretch_goes_on_where_the_state_was_taken(tmp_path):
-    """Of its 8 steps, 4 are stored before and 4 after."""
-    first = stored_replay(tmp_path, "stream")
-    fill(first, 12, [1000])
-    second = stored_replay(tmp_path, "stream")
-    second.load_state_dict(first.state_dict())
-    fill(second, 4, [1000])
-    assert second.online == {0: 8, 1: 8}
-
-
-def test_latents_are_written_back_to_their_own_steps():
-    """All 20 steps of both environments in turn, each with a number of its own."""
-    replay = Replay(40, 2, FIELDS, 4)
-    fill(replay, 20, [1000])
-    env = np.array([[0], [1]]).repeat(5, 0)  # (10, 1)
-    time = np.tile(np.arange(20).reshape(5, 4), (2, 1))  # (10, 4)
-    number = np.arange(40).reshape(10, 4)
-    deter = number[..., None].repeat(3, -1)
-    stoch = number[..., None].repeat(2, -1)
-    replay.update_latents((env, time), deter, stoch)
-    expected = np.arange(40).reshape(2, 20)
-    np.testing.assert_array_equal(replay.data["deter"][:, :20, 0], expected)
-    np.testing.assert_array_equal(replay.data["stoch"][:, :20, 0], expected)
-
-
-def test_files_of_another_type_are_refused(tmp_path):
-    stored_replay(tmp_path)
-    fields = dict(FIELDS, reward=((), np.float64))
-    with pytest.raises(ValueError, match="this run needs float64"):
-        Replay(60, 2, fields, 8, folder=tmp_path)
-
-
-def test_a_step_that_is_written_in_part_tears_none_that_is_sampled():
-    """A full buffer, and a kill while its next step is written."""
-    replay = Replay(60, 2, FIELDS, 8, "stream")
-    fill(replay, 80, [1])
-    step = {name: array[:, 0] + 1 for name, array in replay.data.items()}
-    del step["stoch"]
-    with pytest.raises(KeyError):
-        replay.add(step)
-    for _ in range(50):
-        batch, (_, time) = replay.sample(16)
-        np.testing.assert_array_equal(batch["reward"], time)
-
-
-def test_a_stretch_that_begins_with_the_oldest_step_is_used():
-    """Of steps 0 to 24 a buffer of 9 keeps 16 to 24; 16 begins an episode."""
-    replay = Replay(9, 1, FIELDS, 8)
-    fill(replay, 24, [8])
-    fill(replay, 1, [8])
-    assert replay.online == {0: 16}
-    _, (_, time) = replay.sample(1)
-    assert time[0].tolist() == [16, 17, 18, 19, 20, 21, 22, 23]
-
-
-def test_stream_windows_reach_the_newest_step():
-    replay = Replay(60, 1, FIELDS, 8, "stream")
-    fill(replay, 20, [1000])
-    replay.online.clear()
-    _, (_, time) = replay.sample(500)
-    assert time.max() == 19
-    assert time.min() == 0
-
-
-# --- the loop
-def test_an_interval_is_over_at_the_first_step_after_a_multiple_of_it():
-    """With three environments, whose steps are counted together."""
-    due = []
-    for step in range(3, 33, 3):
-        run = SimpleNamespace(step=step, all_envs=3)
-        if dreamerv3.Run.due(run, 10):
-            due.append(step)
-    assert due == [12, 21, 30]
-
-
-def test_a_resumed_run_counts_the_stored_steps_of_all_environments(program, monkeypatch):
-    """60 steps of two environments are more than the 40 that it needs."""
-    monkeypatch.setattr(dreamerv3, "start_workers", gym.vector.SyncVectorEnv)
-    folder = program.train(env_id="DreamerChain-v0", num_envs=2, total_timesteps=60)
-    program.resume(folder, total_timesteps=64)
-    assert "collecting" not in program.out
-    assert counters(folder) == (64, 12)
-
-
-def test_speeds_are_those_since_the_last_record(program, finished):
-    """An update every 2 steps, a record every 4."""
-    program.resume(finished, total_timesteps=68, log_frequency=4)
-    recorded = scalars(finished)
-    steps = np.array(recorded["charts/SPS"])
-    updates = np.array(recorded["charts/updates_per_second"])
-    np.testing.assert_allclose(steps / updates, [2, 2], rtol=1e-5)
-    assert recorded["charts/updates"] == [12, 14]
-
-
-def test_the_train_ratio_is_recorded_over_the_whole_run(program, finished):
-    """12 and 14 updates of 32 steps, after 64 and 68 agent steps."""
-    program.resume(finished, total_timesteps=68, log_frequency=4)
-    ratios = scalars(finished)["charts/train_ratio"]
-    assert ratios == pytest.approx([12 * 32 / 64, 14 * 32 / 68])
-
-
-def test_frames_are_recorded_with_the_action_repeat(program):
-    flags = {"env_id": "Pendulum-v1", "action_repeat": 2, "log_frequency": 20}
-    folder = program.train(total_timesteps=60, **flags)
-    assert scalars(folder)["charts/frames"] == [120]
-
-
-def test_the_bar_shows_the_mean_return_of_20_episodes(program, monkeypatch):
-    postfix = Mock()
-    monkeypatch.setattr(dreamerv3.tqdm, "set_postfix_str", postfix)
-    folder = program.train(env_id="CartPole-v1", total_timesteps=700, learning_starts=700)
-    returns = episodes(folder)[:, 2]
-    assert len(returns) > 20
-    text = postfix.call_args.args[0]
-    assert text.startswith(f"mean return {returns[-20:].mean():.1f}, ")
-
-
-def test_the_warm_up_of_the_flags_is_that_of_the_updates(program, finished):
-    """Updates 10 to 14, counted from 0, of 100."""
-    more = {"learning_rate": 1e-3, "warmup_updates": 100, "log_frequency": 10}
-    program.resume(finished, total_timesteps=70, **more)
-    (rate,) = scalars(finished)["charts/learning_rate"]
-    assert rate == pytest.approx(1e-3 * 12 / 100)
-
-
-def test_dreams_are_counted_in_updates(program, finished):
-    """Updates 11 to 15."""
-    program.resume(finished, total_timesteps=70, video_frequency=3)
-    assert sorted(path.stem for path in finished.glob("dreams/*")) == ["12", "15"]
-
-
-def test_a_run_is_saved_before_every_evaluation(program, finished, monkeypatch):
-    """Also when no checkpoint is due."""
-    seen = []
-
-    def evaluate(*args):
-        seen.append(counters(finished))
-        return []
-
-    monkeypatch.setattr(dreamerv3, "evaluate", evaluate)
-    program.resume(finished, total_timesteps=70, eval_frequency=5)
-    assert seen == [(65, 12), (70, 15)]
-
-
-def test_the_mean_return_of_an_evaluation_is_recorded(program, finished, monkeypatch):
-    monkeypatch.setattr(dreamerv3, "evaluate", Mock(return_value=[1.0, 4.0, 4.0]))
-    program.resume(finished, total_timesteps=70, eval_frequency=5, eval_episodes=3)
-    assert scalars(finished)["eval/episodic_return"] == [3, 3]
-
-
-def test_every_evaluation_has_a_seed_of_its_own(program, finished, monkeypatch):
-    evaluate = Mock(return_value=[])
-    monkeypatch.setattr(dreamerv3, "evaluate", evaluate)
-    program.resume(finished, total_timesteps=70, eval_frequency=5, seed=3)
-    assert [call.args[3] for call in evaluate.call_args_list] == [3 + 65, 3 + 70]
-
-
-def test_a_signal_ends_the_updates_of_a_step(program, finished, monkeypatch):
-    """Two are due after every step; the signal comes in the first one."""
-
-    def stop(log, metrics):
-        log.run.stopped = signal.SIGTERM
-
-    monkeypatch.setattr(dreamerv3.Log, "update", stop)
-    status = program.call(resume=finished, total_timesteps=70, train_ratio=64)
-    assert status == 128 + signal.SIGTERM
-    assert counters(finished) == (61, 11)
 
 
 # === data-parallel training =======================================================================
