@@ -4487,7 +4487,7 @@ def test_a_video_has_a_frame_for_every_agent_step(episode, filmed):
     """CartPole's return is its number of steps, two of which are an agent step; and there is a
     frame before the first. The writer may drop the last one."""
     path = filmed.videos / filmed.name / "eval-only" / f"rl-video-episode-{episode}.mp4"
-    frames = cv2.VideoCapture(path).get(cv2.CAP_PROP_FRAME_COUNT)
+    frames = cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)
     steps = math.ceil(filmed.returns[episode] / 2)
     assert steps <= frames <= steps + 1
 
@@ -4496,7 +4496,7 @@ def test_a_video_has_a_frame_for_every_agent_step(episode, filmed):
 def test_videos_play_at_the_speed_of_the_environment(episode, filmed):
     """50 environment steps a second are 25 agent steps."""
     path = filmed.videos / filmed.name / "eval-only" / f"rl-video-episode-{episode}.mp4"
-    assert cv2.VideoCapture(path).get(cv2.CAP_PROP_FPS) == 25
+    assert cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FPS) == 25
 
 
 @pytest.fixture(scope="module")
