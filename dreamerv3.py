@@ -840,7 +840,7 @@ def find_spec(env_id: str) -> EnvSpec:
         name = REGISTERED_BY.get(prefix, "ale_py")
         with warnings.catch_warnings():  # shimmy switches all DeprecationWarnings on
             package = import_module(name)
-        if hasattr(package, "register_envs"):
+        if env_id not in gym.registry and hasattr(package, "register_envs"):
             package.register_envs()
         return gym.spec(env_id)
     except Exception as error:
@@ -874,9 +874,9 @@ def make_env(
 
     env_kwargs go to its constructor. videos: a folder to record into, every episode or
     Gymnasium's schedule (0, 1, 8, 27, ...). Atari ids get frame skip 4 or action_repeat with
-    max-pooling, RGB images and up to 30 no-ops after a reset; no reward clipping, no end at lost
-    lives, stickiness as the id says. Raises what importing, registering and constructing raise,
-    and ValueError for spaces that are not supported.
+    max-pooling, RGB images (gray if env_kwargs say so) and up to 30 no-ops after a reset; no
+    reward clipping, no end at lost lives, stickiness as the id says. Raises what importing,
+    registering and constructing raise, and ValueError for spaces that are not supported.
     """
     with foreign_code():
         spec = env_id if isinstance(env_id, EnvSpec) else find_spec(env_id)
@@ -973,7 +973,7 @@ def make_envs(args: Args, run: "Run"):
             envs.close(timeout=10)
 
 
-# what importing this file brings in; each worker by itself would take seconds and 180 MB for it
+# what this program imports; each worker by itself would take seconds and 180 MB for it
 LARGE_PACKAGES = [
     "torch.utils.tensorboard",
     "torch._inductor.compile_fx",
@@ -1128,12 +1128,11 @@ def array_space(spec: ObsSpec) -> spaces.Box:
 
 def action_bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
     """Bounds to which [-1, 1] is scaled; an open side is 2 away from the other one."""
-    # for integers, infinity is the largest of their type
-    limit = 2.0**53 if np.issubdtype(space.dtype, np.integer) else 1e30
     low = space.low.astype(float)
     high = space.high.astype(float)
-    no_low = np.abs(low) > limit
-    no_high = np.abs(high) > limit
+    # numbers near the largest of a type are no bounds either
+    no_low = ~space.bounded_below | (np.abs(low) > 1e15)
+    no_high = ~space.bounded_above | (np.abs(high) > 1e15)
     low = np.where(no_low, high - 2, low)
     low = np.where(no_low & no_high, -1, low)
     high = np.where(no_high, low + 2, high)
@@ -1176,8 +1175,8 @@ class Frames(gym.Wrapper):
 
 
 class Recorder(gym.wrappers.RecordVideo):
-    """Gymnasium's RecordVideo, one video an episode, of at most 3,000 frames. A video that cannot
-    be written costs a warning, not the run."""
+    """Gymnasium's RecordVideo, one video an episode, of some 3,000 frames at most. A video that
+    cannot be written costs a warning, not the run."""
 
     def __init__(self, env: gym.Env, folder: Path, repeat: int, every_episode: bool):
         schedule = (lambda episode: True) if every_episode else None
@@ -1533,8 +1532,8 @@ class Run:
 
     `with Run(args) as run:` locks the folder, `with run.saving():` saves a checkpoint at the end.
     Raises UserError when the folder cannot be read or another process trains there. Under torchrun
-    the first process writes for all, and a signal or a failure of another process ends the run at
-    its last checkpoint.
+    the first process writes all but the others' replay buffers, and a signal or a failure of
+    another process ends the run at its last checkpoint.
     """
 
     def __init__(self, args: Args):
@@ -1553,7 +1552,7 @@ class Run:
         self.handlers = {}  # of signals, to be restored
         self.path = run_folder(args)  # as the user reads it
         self.folder = self.path.resolve()  # environments may change the current folder
-        self.video_folder = Path("videos", run_name(self.folder, args)).resolve()
+        self.video_folder = Path("videos", run_name(self.folder)).resolve()
 
     def __enter__(self) -> "Run":
         self.began = time.time()
@@ -1734,7 +1733,7 @@ class Log:
             return
         if args.track:
             with blame("--track cannot start (pip install wandb, then wandb login)"):
-                track(args, run_name(run.folder, args))
+                track(args, run_name(run.folder))
         with blame(f"the run folder {run.path} cannot be written"):
             path = run.folder / "episodes.csv"
             lost = None  # the first step that is made again, after a kill
@@ -1844,10 +1843,12 @@ class Log:
             return
         self.writer.close()
         self.csv.close()
-        if self.args.track and self.args.capture_video:
+        if self.args.track:
             import wandb
 
-            wandb.save(f"{self.run.video_folder}/*/*.mp4", policy="now")
+            if self.args.capture_video:
+                wandb.save(f"{self.run.video_folder}/*/*.mp4", policy="now")
+            wandb.finish()  # a second run of the same program is one of its own
 
 
 def drop_episodes(path: Path, step: int) -> None:
@@ -1911,10 +1912,11 @@ def print_if_possible(text: str) -> None:
         os.dup2(1, 2)
 
 
-def run_name(folder: Path, args: Args) -> str:
-    """The name in a run folder's path; ids and experiment names may contain slashes."""
-    parts = 1 + args.env_id.count("/") + args.exp_name.count("/")
-    return "/".join(folder.resolve().parts[-parts:])
+def run_name(folder: Path) -> str:
+    """The part of a run folder's path below runs/, which may contain slashes; of a folder that was
+    moved elsewhere the last part."""
+    _, runs, name = folder.resolve().as_posix().rpartition("/runs/")
+    return name if runs else folder.resolve().name
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -2054,7 +2056,7 @@ def evaluate_only(args: Args) -> None:
     device = set_up_torch(args)
     with blame(f"--resume {args.resume}"):
         agent, _ = load_agent(args.resume, device, args)
-    name = run_name(run_folder(args), args)
+    name = run_name(run_folder(args))
     videos = Path("videos", name, "eval-only").resolve() if args.capture_video else None
     evaluate(agent, args, args.eval_episodes, args.seed, videos)
 

@@ -2685,6 +2685,12 @@ ACTIONS = {
         given=[-1.0, 1.0],
         expected=[-1, 1],
     ),
+    "short integers open on one side": ActionCase(
+        space=spaces.Box(-np.inf, 7, (2,), np.int32),
+        spec=ActionSpec((), 2),
+        given=[-1.0, 1.0],
+        expected=[5, 7],
+    ),
     "integers": ActionCase(
         space=spaces.Box(0, 10, (1,), np.int64),
         spec=ActionSpec((), 1),
@@ -3407,6 +3413,16 @@ def test_an_environment_whose_package_is_absent_is_refused(env_id, module, progr
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     error = refused(program, env_id=env_id)
     assert re.search(f"{env_id} cannot be made: .*{module} ", error)
+
+
+def test_an_id_that_is_registered_is_not_registered_again(monkeypatch):
+    package = Mock()
+    monkeypatch.setitem(sys.modules, "minatar", Mock())
+    monkeypatch.setitem(sys.modules, "minatar.gym", package)
+    gym.register("MinAtar/DreamerTest-v1", entry_point=Chain)
+    assert dreamerv3.find_spec("MinAtar/DreamerTest-v1").entry_point is Chain
+    gym.registry.pop("MinAtar/DreamerTest-v1")
+    package.register_envs.assert_not_called()
 
 
 def test_an_environment_that_its_package_does_not_have_is_refused_without_advice(
@@ -4501,8 +4517,8 @@ def test_videos_play_at_the_speed_of_the_environment(episode, filmed):
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory) -> SimpleNamespace:
-    """A run that is tracked, and resumed: the arguments of wandb.init for both, and the paths that
-    wandb.save got."""
+    """A run that is tracked, and resumed with another name: the arguments of wandb.init for both,
+    the paths that wandb.save got, and how often wandb.finish was called."""
     wandb = Mock()
     program = Program(tmp_path_factory.mktemp("tracked"))
     with pytest.MonkeyPatch.context() as patch:
@@ -4515,13 +4531,29 @@ def tracked(tmp_path_factory) -> SimpleNamespace:
             wandb_project_name="project",
             wandb_entity="team",
         )
-        program.resume(folder, total_timesteps=50)
+        program.resume(folder, total_timesteps=50, exp_name="another/name")
     assert wandb.init.call_count == 2
     first = wandb.init.call_args_list[0].kwargs
     second = wandb.init.call_args_list[1].kwargs
     paths = [Path(call.args[0]) for call in wandb.save.call_args_list]
     name = str(folder.relative_to(program.folder / "runs"))
-    return SimpleNamespace(name=name, first=first, second=second, paths=paths)
+    ends = wandb.finish.call_count
+    return SimpleNamespace(name=name, first=first, second=second, paths=paths, ends=ends)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("runs/ALE/Pong-v5__a/b__1__2", "ALE/Pong-v5__a/b__1__2"),
+        ("moved/Pong-v5__a__1__2", "Pong-v5__a__1__2"),
+    ],
+)
+def test_the_name_of_a_run_is_the_part_of_its_path_below_runs(folder, name, in_folder):
+    assert dreamerv3.run_name(Path(folder)) == name
+
+
+def test_a_tracked_run_is_finished_before_another_one_begins(tracked):
+    assert tracked.ends == 2
 
 
 def test_a_tracked_run_has_the_name_of_its_folder(tracked):
