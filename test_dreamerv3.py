@@ -5696,7 +5696,8 @@ def test_env_kwargs_reach_the_constructor(program):
 
 def test_env_kwargs_reach_workers_and_evaluations(program):
     kwargs = '{"sutton_barto_reward": true}'
-    act(program, env_id="CartPole-v1", env_kwargs=kwargs, num_envs=2, learning_starts=20)
+    steps = {"total_timesteps": 400, "learning_starts": 400}  # enough to end an episode
+    act(program, env_id="CartPole-v1", env_kwargs=kwargs, num_envs=2, **steps)
     folder = program.run_folder()
     assert set(episodes(folder)[:, 2]) == {-1}
     assert program.call(resume=folder, eval_only=True, eval_episodes=2) == 0
