@@ -6397,12 +6397,14 @@ def test_losses_with_16_environments_are_compared_as_means_over_our_seeds(copied
         columns["losses/dyn"] = columns["losses/dyn"] + 1
         write_columns(copied.path(name, "_losses"), columns)
     text = compare.compare_cartpole_16envs(copied)
-    assert verdict_of(text, "losses/dyn") == "fails"
-    assert verdict_of(text, "behavior/actor_entropy") == "agrees"
+    windows = "windows of 2,000 steps in range, by metric"
+    assert verdict_of(text, windows) == "fails: dyn"
     copied.path(compare.CARTPOLE_16[2], "_losses").unlink()
     text = compare.compare_cartpole_16envs(copied)
-    assert verdict_of(text, "behavior/actor_entropy") == "not yet"
-    assert "10 of 10, seeds: 4 |" in text
+    assert verdict_of(text, windows) == "not yet"
+    assert "actor 10, critic 10, " in text
+    assert "dyn 0, " in text
+    assert "of 10 windows, seeds: 4 |" in text
 
 
 @pytest.mark.parametrize(
