@@ -1130,7 +1130,7 @@ def action_bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
     """Bounds to which [-1, 1] is scaled; an open side is 2 away from the other one."""
     low = space.low.astype(float)
     high = space.high.astype(float)
-    # numbers near the largest of a type are no bounds either
+    # an open side may also be written as a huge number
     no_low = ~space.bounded_below | (np.abs(low) > 1e15)
     no_high = ~space.bounded_above | (np.abs(high) > 1e15)
     low = np.where(no_low, high - 2, low)
@@ -1848,7 +1848,8 @@ class Log:
 
             if self.args.capture_video:
                 wandb.save(f"{self.run.video_folder}/*/*.mp4", policy="now")
-            wandb.finish()  # a second run of the same program is one of its own
+            # a second run of the same program is one of its own; one that raised counts as failed
+            wandb.finish(exit_code=0 if exception[0] is None else 1)
 
 
 def drop_episodes(path: Path, step: int) -> None:
@@ -1915,8 +1916,9 @@ def print_if_possible(text: str) -> None:
 def run_name(folder: Path) -> str:
     """The part of a run folder's path below runs/, which may contain slashes; of a folder that was
     moved elsewhere the last part."""
-    _, runs, name = folder.resolve().as_posix().rpartition("/runs/")
-    return name if runs else folder.resolve().name
+    path = folder.resolve()
+    _, runs, name = path.as_posix().rpartition("/runs/")
+    return name if runs else path.name
 
 
 def load_checkpoint(path: str | Path) -> dict:

@@ -430,8 +430,8 @@ class Encoder(nn.Module):
             for key in self.vectors:
                 spec = self.specs[key]
                 if spec.classes:
-                    classes = one_hot(obs[key], spec.classes)
-                    flat.append(classes.flatten(-1 - len(spec.shape)))
+                    encoded = one_hot(obs[key], spec.classes)  # (…, *shape, classes)
+                    flat.append(encoded.flatten(-1 - len(spec.shape)))
                 else:
                     flat.append(symlog(obs[key]))
             parts.append(self.mlp(torch.cat(flat, -1)))  # (…, U)

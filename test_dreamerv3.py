@@ -4518,7 +4518,7 @@ def test_videos_play_at_the_speed_of_the_environment(episode, filmed):
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory) -> SimpleNamespace:
     """A run that is tracked, and resumed with another name: the arguments of wandb.init for both,
-    the paths that wandb.save got, and how often wandb.finish was called."""
+    the paths that wandb.save got, and the calls of wandb.finish."""
     wandb = Mock()
     program = Program(tmp_path_factory.mktemp("tracked"))
     with pytest.MonkeyPatch.context() as patch:
@@ -4537,7 +4537,7 @@ def tracked(tmp_path_factory) -> SimpleNamespace:
     second = wandb.init.call_args_list[1].kwargs
     paths = [Path(call.args[0]) for call in wandb.save.call_args_list]
     name = str(folder.relative_to(program.folder / "runs"))
-    ends = wandb.finish.call_count
+    ends = [call.kwargs for call in wandb.finish.call_args_list]
     return SimpleNamespace(name=name, first=first, second=second, paths=paths, ends=ends)
 
 
@@ -4553,7 +4553,7 @@ def test_the_name_of_a_run_is_the_part_of_its_path_below_runs(folder, name, in_f
 
 
 def test_a_tracked_run_is_finished_before_another_one_begins(tracked):
-    assert tracked.ends == 2
+    assert tracked.ends == [{"exit_code": 0}, {"exit_code": 0}]
 
 
 def test_a_tracked_run_has_the_name_of_its_folder(tracked):
@@ -4590,6 +4590,14 @@ def test_a_tracked_run_sends_the_source_files(tracked):
 
 def test_a_tracked_run_sends_its_videos(tracked):
     assert tracked.paths[3].name == "*.mp4"
+
+
+def test_a_tracked_run_that_raised_counts_as_failed(program, monkeypatch):
+    wandb = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ValueError):
+        program.train(total_timesteps=200, track=True, **FAILURES["nan"])
+    wandb.finish.assert_called_once_with(exit_code=1)
 
 
 def test_an_error_of_wandb_is_not_hidden(program, monkeypatch):
