@@ -30,7 +30,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dreamerv3
 from dreamerv3 import SIZES, Agent, Args, LaProp
-from networks import RSSM, ActionSpec, ObsSpec
+from networks import RSSM, ActionSpec, ObsSpec, Size
 from replay import Replay
 
 KINDS = {"vector": ObsSpec((24,)), "image": ObsSpec((64, 64, 3))}
@@ -72,12 +72,39 @@ def report(name: str, seconds: float, note: str = "") -> None:
     print(f"{name:40s} {1000 * seconds:10.2f} ms  {note}", flush=True)
 
 
+def random_replay(args: Args, spec: ObsSpec, size: Size) -> Replay:
+    """As many random steps as three batches have."""
+    fields = {
+        "obs/x": (spec.shape, spec.dtype),
+        "action": ((1,), np.int32),
+        "reward": ((), np.float32),
+        "deter": ((size.deter,), np.float16),
+        "stoch": ((size.groups,), np.uint8),
+    }
+    steps = 3 * args.batch_size * args.batch_length
+    replay = Replay(steps, 1, fields, args.batch_length)
+    rng = np.random.default_rng(0)
+    for t in range(steps):
+        replay.add(
+            {
+                "obs/x": rng.integers(0, 255, (1, *spec.shape)).astype(spec.dtype),
+                "action": rng.integers(0, 6, (1, 1)),
+                "reward": rng.normal(size=1),
+                "deter": np.zeros((1, size.deter)),
+                "stoch": np.zeros((1, size.groups)),
+                "is_first": np.array([t % 500 == 0]),
+                "is_last": np.array([t % 500 == 499]),
+                "is_terminal": np.array([False]),
+            }
+        )
+    return replay
+
+
 class Bench:
     """An agent, its optimizer and a replay buffer with random steps."""
 
     def __init__(self, args: Args, kind: str, repeats: int):
         self.args = args
-        self.kind = kind
         self.repeats = repeats
         self.device = dreamerv3.set_up_torch(args)
         self.name = f"{args.size} {kind} {args.precision}"
@@ -85,38 +112,8 @@ class Bench:
         self.agent = Agent(specs, ACTION, SIZES[args.size], args).to(self.device)
         params = self.agent.trained()
         self.optimizer = LaProp(params, args.learning_rate, args.warmup_updates)
-        self.replay = self.fill_replay()
+        self.replay = random_replay(args, KINDS[kind], self.agent.size)
         self.batch, self.index = self.sample()
-
-    def fill_replay(self) -> Replay:
-        """As many random steps as three batches."""
-        args = self.args
-        size = self.agent.size
-        spec = KINDS[self.kind]
-        fields = {
-            "obs/x": (spec.shape, spec.dtype),
-            "action": ((1,), np.int32),
-            "reward": ((), np.float32),
-            "deter": ((size.deter,), np.float16),
-            "stoch": ((size.groups,), np.uint8),
-        }
-        steps = 3 * args.batch_size * args.batch_length
-        replay = Replay(steps, 1, fields, args.batch_length)
-        rng = np.random.default_rng(0)
-        for t in range(steps):
-            replay.add(
-                {
-                    "obs/x": rng.integers(0, 255, (1, *spec.shape)).astype(spec.dtype),
-                    "action": rng.integers(0, 6, (1, 1)),
-                    "reward": rng.normal(size=1),
-                    "deter": np.zeros((1, size.deter)),
-                    "stoch": np.zeros((1, size.groups)),
-                    "is_first": np.array([t % 500 == 0]),
-                    "is_last": np.array([t % 500 == 499]),
-                    "is_terminal": np.array([False]),
-                }
-            )
-        return replay
 
     def sample(self) -> tuple[dict, tuple]:
         batch, index = self.replay.sample(self.args.batch_size)
