@@ -1356,10 +1356,12 @@ def test_decode_action_is_the_inverse_of_encode_action():
 
 
 def assert_independent(samples: Tensor) -> None:
-    """One-hot samples (N, L, …, K) of nearly uniform categoricals: neighbors on axis 1 agree by
-    chance only, in 1 of K rows, not always."""
+    """One-hot samples (N, L, …, K) of nearly uniform categoricals: rows, and neighbors on axis 1,
+    agree by chance only, in 1 of K cases, not always."""
     agree = (samples[:, 1:] * samples[:, :-1]).sum(-1)
     assert agree.mean(0).max() < 0.7
+    rows_agree = (samples[1:] * samples[:-1]).sum(-1)
+    assert rows_agree.mean() < 0.7
 
 
 def agent_of_uniform_latents() -> Agent:
@@ -1724,6 +1726,19 @@ def test_every_flag_of_the_update_changes_its_loss(flag, value):
     assert metrics["losses/total"] != changed["losses/total"]
 
 
+@pytest.mark.parametrize("flag", ["gamma", "return_lambda"])
+def test_the_flags_of_returns_change_the_loss_of_the_replay_critic(flag):
+    torch.manual_seed(0)
+    agent, args = make_agent()
+    _, other_args = make_agent(**{flag: 0.5})
+    batch = make_batch(agent)
+    feat = torch.randn(2, 6, 48)
+    value = torch.randn(2, 6)
+    loss = dreamerv3.replay_critic_loss(agent, feat, batch, value, args)
+    other_loss = dreamerv3.replay_critic_loss(agent, feat, batch, value, other_args)
+    assert not torch.allclose(loss, other_loss)
+
+
 def test_tau_changes_the_slow_critic():
     agent, _ = update_once()
     changed, _ = update_once(tau=0.5)
@@ -1739,13 +1754,6 @@ def test_the_slow_critic_goes_tau_of_the_way_to_the_critic(tau):
     fast = after.critic[1].weight
     expected = (1 - tau) * slow + tau * fast
     torch.testing.assert_close(after.slow_critic[1].weight, expected)
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_all_metrics_are_float32(precision):
-    _, metrics = update_once(precision=precision)
-    for name, x in metrics.items():
-        assert x.dtype == torch.float32, name
 
 
 def test_the_slow_critic_begins_as_the_critic():
@@ -1899,6 +1907,14 @@ def test_latents_and_metrics_of_an_update_are_detached(kind, device, precision):
         assert not x.requires_grad
 
 
+@every_device
+@every_action
+def test_latents_and_metrics_of_an_update_are_float32(kind, device, precision):
+    update = update_without_waiting(kind, device, precision)
+    for x in (*update.latents, *update.metrics.values()):
+        assert x.dtype == torch.float32
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @every_action
 def test_an_update_reaches_every_parameter(kind, precision):
@@ -2001,11 +2017,15 @@ class ChainRun(NamedTuple):
     terminal: bool  # how its episodes end
     windows: str
     batches: list[dict[str, np.ndarray]]
-    written: list[str]  # the windows of the buffer, at every latent write-back
+    buffer_windows: list[str]  # of the buffer, at every update
+    learned: list[dict[str, np.ndarray]]  # the latents of every update
+    written: list[dict[str, np.ndarray]]  # what was written back
     stored: list[int]  # the actions of steps that were stored and are not last ones
     taken: list[int]  # the actions that the environment got
-    stored_deter: list[np.ndarray]  # of every step
-    acting_deter: list[np.ndarray]  # of the policy when it chose that step's action
+    records: list[dict[str, np.ndarray]]  # every stored step
+    given_first: list[np.ndarray]  # the policy's input is_first, at every step
+    given_state: list[tuple]  # its input deter, stoch, action
+    new_state: list[tuple]  # the state that it returned
 
     def rows(self, name: str) -> np.ndarray:
         """(all rows, T, …) of all batches."""
@@ -2027,9 +2047,11 @@ CHAIN_RUNS = [
 @pytest.fixture(scope="module", params=CHAIN_RUNS, ids="-".join)
 def chain(request, tmp_path_factory) -> ChainRun:
     env_id, windows = request.param
-    run = ChainRun(env_id == "DreamerChain-v0", windows, [], [], [], [], [], [])
+    lists = {name: [] for name in ChainRun._fields[2:]}
+    run = ChainRun(env_id == "DreamerChain-v0", windows, **lists)
     policy = dreamerv3.policy
     convert = dreamerv3.batch_to_device
+    train_step = dreamerv3.train_step
     write = Replay.update_latents
     add = Replay.add
     step = Chain.step
@@ -2038,19 +2060,27 @@ def chain(request, tmp_path_factory) -> ChainRun:
         run.batches.append(batch)
         return convert(batch, *rest)
 
-    def record_write(replay, *args, **kwargs):
-        run.written.append(replay.windows)
-        return write(replay, *args, **kwargs)
+    def record_train_step(*inputs, **options):
+        latents, metrics = train_step(*inputs, **options)
+        run.learned.append(dreamerv3.stored_latents(*latents))
+        return latents, metrics
+
+    def record_write(replay, index, **latents):
+        run.buffer_windows.append(replay.windows)
+        run.written.append(latents)
+        return write(replay, index, **latents)
 
     def record_add(replay, record):
         if not record["is_last"][0]:
             run.stored.append(int(record["action"][0, 0]))
-        run.stored_deter.append(record["deter"])
+        run.records.append(record)
         add(replay, record)
 
-    def record_policy(*inputs):
-        action, state = policy(*inputs)
-        run.acting_deter.append(state[0].half().numpy())
+    def record_policy(agent, obs, state, is_first):
+        run.given_state.append(state)
+        run.given_first.append(is_first.numpy().copy())
+        action, state = policy(agent, obs, state, is_first)
+        run.new_state.append(state)
         return action, state
 
     def record_step(env, action):
@@ -2060,6 +2090,7 @@ def chain(request, tmp_path_factory) -> ChainRun:
     program = Program(tmp_path_factory.mktemp("chain"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dreamerv3, "batch_to_device", record_batch)
+        patch.setattr(dreamerv3, "train_step", record_train_step)
         patch.setattr(Replay, "update_latents", record_write)
         patch.setattr(Replay, "add", record_add)
         patch.setattr(Chain, "step", record_step)
@@ -2068,15 +2099,35 @@ def chain(request, tmp_path_factory) -> ChainRun:
     return run
 
 
-def test_a_chain_run_makes_one_update_every_two_steps_and_writes_its_latents_back(chain):
+def test_a_chain_run_makes_one_update_every_two_steps(chain):
     """From step 40 to step 90."""
     assert len(chain.batches) == 25
-    assert chain.written == [chain.windows] * 25
+
+
+def test_the_windows_of_the_flag_are_those_of_the_buffer(chain):
+    assert chain.buffer_windows == [chain.windows] * 25
+
+
+def test_the_latents_of_an_update_are_written_back(chain):
+    np.testing.assert_equal(chain.written, chain.learned)
+
+
+def test_the_agent_acts_on_the_state_of_the_step_before(chain):
+    assert len(chain.given_state) == 90
+    for given, before in zip(chain.given_state[1:], chain.new_state[:-1], strict=True):
+        assert tree_map(torch.equal, given, before) == (True, True, True)
+
+
+def test_the_agent_is_told_where_an_episode_starts(chain):
+    np.testing.assert_array_equal(chain.given_first, [x["is_first"] for x in chain.records])
+    assert sum(chain.given_first) == 15  # five steps and a reset each
 
 
 def test_a_step_is_stored_with_the_latent_that_the_agent_had_when_it_acted(chain):
-    assert len(chain.stored_deter) == 90
-    np.testing.assert_array_equal(chain.stored_deter, chain.acting_deter)
+    assert len(chain.records) == 90
+    for record, (deter, stoch, _) in zip(chain.records, chain.new_state, strict=True):
+        np.testing.assert_array_equal(record["deter"], deter.half())
+        np.testing.assert_array_equal(record["stoch"], stoch.argmax(-1))
 
 
 def test_a_step_is_stored_with_the_action_that_the_environment_takes_on_it(chain):
@@ -2444,6 +2495,17 @@ def test_the_online_queue_of_another_moment_is_not_used(windows, tmp_path):
     fill(first, 9, [5, 13])
     second = stored_replay(tmp_path, windows)
     second.load_state_dict(state)
+    assert not second.online
+
+
+@every_window
+def test_the_online_queue_of_other_windows_is_not_used(windows, tmp_path):
+    first = stored_replay(tmp_path, windows)
+    fill(first, 45, [5, 13])
+    first.online = {0: 12}
+    other = "stream" if windows == "episode" else "episode"
+    second = stored_replay(tmp_path, other)
+    second.load_state_dict(first.state_dict())
     assert not second.online
 
 
