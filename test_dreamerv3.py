@@ -6086,12 +6086,13 @@ def test_a_run_can_be_resumed_by_more_processes(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_which_one_process_fails_ends_with_a_checkpoint(tmp_path):
-    """The second process fails in its 59th step; a checkpoint is due every 40 steps of both."""
+    """The second process fails in its 59th step, the first one while it waits for it, in its 60th
+    at the latest. A checkpoint is due every 50 steps of both."""
     flags = dict(QUICK, env_id=f"{__name__}:Dreamer-nan-v0", learning_starts=64)
-    out = torchrun(tmp_path, **flags, total_timesteps=200, checkpoint_frequency=40)
+    out = torchrun(tmp_path, **flags, total_timesteps=200, checkpoint_frequency=50)
     assert "observation 'obs' is declared" in out
     (folder,) = tmp_path.glob("runs/*")
-    assert 80 <= counters(folder)[0] <= 118
+    assert 100 <= counters(folder)[0] <= 120
 
 
 def test_processes_share_a_run_folder(together):
