@@ -157,7 +157,7 @@ class Args:
     twohot: Literal["symexp", "symlog"] = "symexp"
     """bins spaced by symexp, or evenly for symlog targets (preprint)"""
     twohot_mean: Literal["rounded", "exact"] = "rounded"
-    """predicted rewards and values with the official program's rounding on a CPU, or without"""
+    """predicted rewards and values with or without the rounding of the official program on a CPU"""
     bins: int = 255
     """V, bins of the reward and critic distributions, odd"""
 

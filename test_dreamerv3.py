@@ -6266,7 +6266,9 @@ def test_the_environment_of_your_own_trains(program):
         ("(default 1,000) draws a dream", "video_frequency", 1000),
         ("an update (16 x 64 steps)", "batch_size", 16),
         ("an update (16 x 64 steps)", "batch_length", 64),
-        ("| `--buffer-size` | 1e6 |", "buffer_size", 1_000_000),
+        ("`--buffer-size` | 256, 1, 12m or 1m, 1e6 |", "num_envs", 1),
+        ("`--buffer-size` | 256, 1, 12m or 1m, 1e6 |", "train_ratio", 256),
+        ("`--buffer-size` | 256, 1, 12m or 1m, 1e6 |", "buffer_size", 10**6),
     ],
 )
 def test_defaults_that_the_readme_tells_in_words(text, name, value):

@@ -1,4 +1,4 @@
-"""CartPole in minutes on two CPU cores: python -m examples.demo
+"""CartPole in 20 minutes on two CPU cores: python -m examples.demo
 
 Smaller batches and a larger learning rate than the paper's, so that one sees it learn. More flags
 may follow: python -m examples.demo --seed 2
