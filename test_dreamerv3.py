@@ -4054,6 +4054,12 @@ def test_the_agent_of_an_older_run_can_be_loaded(program, aged):
     assert agent.action == ActionSpec((4,), 4)
 
 
+def test_a_resumed_run_keeps_its_buffer_under_a_smaller_total(program):
+    folder = program.train(env_id="DreamerChain-v0", total_timesteps=100, buffer_size=100)
+    program.resume(folder, total_timesteps=70)
+    assert saved(folder)["args"]["buffer_size"] == 100
+
+
 @pytest.fixture(scope="module")
 def refilled(tmp_path_factory) -> SimpleNamespace:
     """A run of 60 steps that keeps no replay files, and goes on to step 120."""
@@ -6032,6 +6038,23 @@ def test_two_processes_make_the_updates_of_one_on_the_joined_batch(parallel):
 def test_the_compared_updates_move_the_return_range(parallel):
     """Else the comparisons would not see how the returns of two processes are joined."""
     assert parallel.alone["return_norm.hi"] - parallel.alone["return_norm.lo"] > 1e-4
+
+
+def test_every_process_samples_replay_with_a_seed_of_its_own(tmp_path):
+    agent, args = make_agent(persist_replay=False, total_timesteps=4096)
+    draws = []
+    for rank in (0, 1):
+        run = SimpleNamespace(rank=rank, num_processes=2, folder=tmp_path)
+        replay = dreamerv3.make_replay(args, agent, run)
+        draws.append(int(replay.rng.integers(2**60)))
+    assert draws[0] != draws[1]
+
+
+def test_the_first_process_alone_records_videos():
+    run = SimpleNamespace(args=Args(capture_video=True), writes=True, video_folder=Path("videos"))
+    assert dreamerv3.Run.videos(run, "train-0") == Path("videos/train-0")
+    run.writes = False
+    assert dreamerv3.Run.videos(run, "train-0") is None
 
 
 def torchrun(cwd: Path, **flags) -> str:
